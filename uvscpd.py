@@ -1,0 +1,1795 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""uvscpd.py - the micro VSCP daemon: TCP clients on one side, a CAN bus on the other.
+
+The daemon speaks VSCP's TCP/IP text protocol (port 8598) and bridges it to one
+SocketCAN interface. It makes no decisions of its own and needs no configuration
+file; the only thing it keeps is a bounded FIFO of events for each client.
+
+    can0 --frame--> Bus --Frame--> Daemon --event line--> Session.fifo --> Client --> TCP
+                     |               | (filter, GUID)                       |
+    can0 <--frame-- Bus <---------- Session <------- command line -------- Client <-- TCP
+
+A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
+
+    $ nc localhost 8598
+    uvscpd.py 1.0.0 - micro VSCP daemon
+    VSCP events between TCP clients and a CAN bus; HELP lists the commands.
+    +OK - Success, connected to :virtual:
+    send 96,20,3,0,,0,-,0,1,35
+    +OK
+    quit
+    +OK - bye
+
+Read the file from top to bottom: sections 5 to 9 are pure (text and bytes in,
+values out), sockets appear only in sections 10 to 12.
+"""
+
+# =============================================================================
+# 2. Imports, version, log
+# =============================================================================
+# Only modules that OpenWrt's python3-light has. What is rarely needed and slow
+# to import (traceback, hmac) is imported where it is used.
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import heapq
+import ipaddress
+import itertools
+import os
+import re
+import selectors
+import signal
+import socket
+import struct
+import sys
+import syslog
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+__version__ = "1.0.0"
+
+
+class Log:
+    """Messages to stderr in the foreground, to syslog once detached.
+
+    Under systemd (JOURNAL_STREAM is set) a line starts with its priority as
+    `<N>`, which is how the journal learns it (sd-daemon(3)).
+    """
+
+    def __init__(self) -> None:
+        self.debugging = False
+        self.detached = False
+
+    def write(self, priority: int, text: str) -> None:
+        for line in text.splitlines():
+            if self.detached:
+                syslog.syslog(priority, line)
+            elif sys.stderr is not None:
+                self.write_stderr(priority, line)
+
+    def write_stderr(self, priority: int, line: str) -> None:
+        if "JOURNAL_STREAM" in os.environ and not sys.stderr.isatty():
+            line = f"<{priority}>{line}"
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except OSError:
+            # Whoever read our messages has gone. There is nobody to tell, and
+            # the bus goes on without them.
+            sys.stderr = None
+
+    def error(self, text: str) -> None:
+        self.write(syslog.LOG_ERR, text)
+
+    def warning(self, text: str) -> None:
+        self.write(syslog.LOG_WARNING, text)
+
+    def info(self, text: str) -> None:
+        self.write(syslog.LOG_INFO, text)
+
+    def debug(self, text: str) -> None:
+        if self.debugging:
+            now = time.time()
+            clock = time.strftime("%H:%M:%S", time.localtime(now))
+            self.write(syslog.LOG_DEBUG, f"{clock}.{int(now * 1000) % 1000:03d} {text}")
+
+
+log = Log()
+
+
+# =============================================================================
+# 3. Constants
+# =============================================================================
+# Protocol, SocketCAN and limits, each with its unit and where it comes from.
+
+# VSCP's TCP/IP protocol.
+PORT = 8598                     # uvscpd's; the full VSCP daemon has 9598
+MAX_LINE = 512                  # characters in a command line; the C uvscpd has 320,
+                                # too few for a Level II event with a long datetime
+SIGN_OF_LIFE_S = 2.0            # a lone +OK this often inside the receive loop
+NOT_TEXT = bytes(b for b in range(256) if b != 0x0A and not 0x20 <= b <= 0x7E)
+CAPABILITIES = 1 << 15 | 1 << 5 | 1 << 3    # WCYD: TCP server, IPv4, several connections
+CAPABILITY_IPV6 = 1 << 6
+
+# SocketCAN, from linux/can.h, linux/can/raw.h and linux/can/error.h.
+EFF_FLAG = 0x80000000           # in the can_id: extended frame, 29-bit id
+RTR_FLAG = 0x40000000           # remote request
+ERR_FLAG = 0x20000000           # error frame, the id is a set of error classes
+EFF_MASK = 0x1FFFFFFF
+FRAME = struct.Struct("=IB3x8s")            # struct can_frame: can_id, length, data
+FILTER = struct.Struct("=II")               # struct can_filter: can_id, mask
+MAX_FILTERS = 512               # CAN_RAW_FILTER_MAX
+
+ERR_TX_TIMEOUT = 0x001          # error classes
+ERR_CRTL = 0x004                # controller state, in data[1]
+ERR_ACK = 0x020
+ERR_BUSOFF = 0x040
+ERR_RESTARTED = 0x100
+CRTL_RX_OVERFLOW = 0x01         # data[1] of ERR_CRTL
+CRTL_WARNING = 0x04 | 0x08      # more than 96 errors, receiving or sending
+CRTL_PASSIVE = 0x10 | 0x20      # more than 127
+CRTL_ACTIVE = 0x40
+
+# Linux, from asm-generic/socket.h and linux/sockios.h; Python does not name them.
+CAN_RAW_ERR_FILTER = 2
+SO_RCVBUFFORCE = 33
+SO_TIMESTAMPNS_OLD = 35         # two C longs
+SO_TIMESTAMPNS_NEW = 64         # two 64-bit integers, whatever the word size (Linux 5.1)
+SO_RXQ_OVFL = 40
+MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
+SIOCGIFFLAGS = 0x8913
+IFF_UP = 0x1
+IFF_RUNNING = 0x40              # has a carrier; goes when a controller is bus off
+ANCILLARY_SIZE = 128            # bytes; a timestamp and a drop count need 56
+TIMESTAMP = {SO_TIMESTAMPNS_NEW: struct.Struct("=qq"), SO_TIMESTAMPNS_OLD: struct.Struct("@ll")}
+
+# Limits of ours.
+RECEIVE_BUFFER = 2 << 20        # bytes of kernel buffer, about 5,400 frames
+FRAMES_A_TURN = 500             # taken from the bus before clients are served again
+FRAMES_IN_KERNEL = 8000         # more than the kernel holds for us
+LINES_A_TURN = 32               # commands of one client before the others' turn
+READ_SIZE = 16384               # bytes
+GATHER_S = 0.003                # under load, how long frames gather ...
+BUSY_S = 0.004                  # ... which is when two wake-ups are closer than this
+SEND_WAIT_S = 1.0               # a SEND waits this long for room in the transmit queue
+SEND_RETRY_S = 0.002
+BUS_CHECK_S = 0.5               # how often to look for an interface that is away
+LINGER_S = 2.0                  # to let a last reply arrive before closing
+PEER_GONE_S = 120               # keep-alive and unacknowledged data
+ACCEPT_PAUSE_S = 1.0            # after running out of descriptors
+
+
+# =============================================================================
+# 4. Errors
+# =============================================================================
+# Bad input raises VscpError with the text that follows `-OK - `. Nothing else
+# leaves the pure part.
+
+class VscpError(Exception):
+    """Something that a client asked for cannot be done; the text says why."""
+
+
+class BusError(VscpError):
+    """The bus cannot take the frame; the text says why and what helps."""
+
+
+class BusFull(BusError):
+    """The transmit queue is full; the frame may fit a moment later."""
+
+
+# =============================================================================
+# 5. Events and GUIDs
+# =============================================================================
+# Text to values and back, as in the VSCP daemon's TCP/IP interface description:
+#
+#     head,class,type,obid,datetime,timestamp,GUID,data0,data1,...
+#
+# obid, datetime and timestamp of an event that a client sends are not looked
+# at: CAN carries none of them.
+
+GUID_ZERO = bytes(16)
+
+
+class Event(NamedTuple):
+    """An event as a client gives it."""
+
+    head: int           # 0-0xFFFF; bits 7-5 priority (0 highest), bit 4 hard-coded
+    vscp_class: int     # 0-1023, from 512 on Level I mirrored as Level II
+    vscp_type: int      # 0-255
+    guid: bytes         # 16 bytes
+    data: bytes         # 0-24 bytes
+
+
+def parse_number(text: str, limit: int, what: str) -> int:
+    """The value of a decimal or 0x-hexadecimal number from 0 to limit.
+
+    Raises VscpError naming `what` otherwise.
+
+    >>> parse_number("0x1F", 255, "type")
+    31
+    """
+    if text.isdecimal():
+        value = int(text)
+    elif re.fullmatch("0[xX][0-9a-fA-F]+", text):
+        value = int(text, 16)
+    else:
+        raise VscpError(f"{what} is not a number")
+    if value > limit:
+        raise VscpError(f"{what} is over {limit}")
+    return value
+
+
+def parse_guid(text: str) -> bytes:
+    """The 16 bytes of a GUID written as 16 hexadecimal numbers between colons.
+
+    Raises VscpError unless there are 16 fields of one or two digits.
+
+    >>> parse_guid("0:0:0:0:0:0:0:0:0:0:0:0:0:0:1:fe").hex()
+    '000000000000000000000000000001fe'
+    """
+    if not re.fullmatch("[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{1,2}){15}", text):
+        raise VscpError("Invalid GUID")
+    return bytes(int(field, 16) for field in text.split(":"))
+
+
+def format_guid(guid: bytes) -> str:
+    """The text of a GUID, or of the first bytes of one: upper case, no leading zeros.
+
+    >>> format_guid(bytes(14) + bytes([1, 254]))
+    '0:0:0:0:0:0:0:0:0:0:0:0:0:0:1:FE'
+    """
+    return ":".join(f"{byte:X}" for byte in guid)
+
+
+def parse_event_guid(text: str) -> bytes:
+    """As parse_guid; an empty text or `-` is the GUID of all zeros."""
+    return GUID_ZERO if text in ("", "-") else parse_guid(text)
+
+
+def parse_event(text: str) -> Event:
+    """The event that a client gives to SEND.
+
+    Raises VscpError when a field is missing, malformed or out of range. Newer
+    clients give heads of 16 bits, of which CAN carries bits 7-4.
+
+    >>> parse_event("96,20,3,0,,0,-,0,1,0x23")
+    Event(head=96, vscp_class=20, vscp_type=3, guid=bytes(16), data=b'\\x00\\x01#')
+    """
+    fields = text.split(",")
+    if len(fields) < 7:
+        raise VscpError("an event is head,class,type,obid,datetime,timestamp,GUID,data...")
+    if len(fields) > 7 + 24:
+        raise VscpError("too many data bytes")
+    return Event(
+        head=parse_number(fields[0], 0xFFFF, "head"),
+        vscp_class=parse_number(fields[1], 1023, "class"),
+        vscp_type=parse_number(fields[2], 255, "type"),
+        guid=parse_event_guid(fields[6]),
+        data=bytes(parse_number(field, 255, "data byte") for field in fields[7:]))
+
+
+# =============================================================================
+# 6. CAN frames
+# =============================================================================
+# An event on CAN is an extended data frame. Its id (VSCP specification, Level I
+# on CAN):
+#
+#     bits  28-26      25           24-16   15-8   7-0
+#           priority   hard_coded   class   type   nickname of the sender
+#
+# so head = (can_id >> 21) & 0xF0.
+
+class Frame(NamedTuple):
+    """A frame that has been on the bus."""
+
+    can_id: int                 # 29 bits, without flags
+    data: bytes                 # 0-8 bytes
+    time_us: int                # microseconds since 1970, when the kernel received it
+    sender: Session | None   # the client that sent it, None for the bus
+
+
+def pack_frame(can_id: int, data: bytes) -> bytes:
+    """The 16 bytes of struct can_frame (linux/can.h) of an extended data frame."""
+    return FRAME.pack(can_id | EFF_FLAG, len(data), data)
+
+
+def event_to_can(event: Event, guid: bytes) -> tuple[int, bytes]:
+    """The CAN id (29 bits) and the data (0-8 bytes) of an event sent by a client.
+
+    A class from 512 on is a Level I event mirrored as Level II: the first 16
+    data bytes are the GUID of the interface that it is meant for. Bytes 0-13
+    must be those of `guid`, the client's. Raises VscpError if they are not, and
+    for more than 8 data bytes. The nickname is the last byte of the event's
+    GUID (VSCP specification; the C uvscpd always sends 0).
+
+    >>> can_id, data = event_to_can(parse_event("96,20,3,0,,0,-,0,1,35"), GUID_ZERO)
+    >>> f"{can_id:08X}#{data.hex()}"
+    '0C140300#000123'
+    """
+    vscp_class, data = event.vscp_class, event.data
+    if vscp_class > 511:
+        if len(data) < 16:
+            raise VscpError("class 512-1023 needs the interface's GUID in 16 data bytes")
+        if data[:14] != guid[:14]:
+            raise VscpError("no interface with this GUID here")
+        vscp_class, data = vscp_class - 512, data[16:]
+    if len(data) > 8:
+        raise VscpError("too many data bytes")
+    can_id = (event.head & 0xF0) << 21 | vscp_class << 16 | event.vscp_type << 8 | event.guid[15]
+    return can_id, data
+
+
+@lru_cache(maxsize=4096)
+def id_text(can_id: int) -> tuple[str, str]:
+    """What a CAN id alone says: `head,class,type,` and `:nickname`."""
+    head = can_id >> 21 & 0xF0
+    return f"{head},{can_id >> 16 & 0x1FF},{can_id >> 8 & 0xFF},", f":{can_id & 0xFF:X}"
+
+
+@lru_cache(maxsize=8)
+def date_text(seconds: int) -> str:
+    """The UTC date and time, without a zone letter, of seconds since 1970."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+DATA_TEXT = [",%d" * length + "\r\n" for length in range(9)]
+
+
+def format_event(frame: Frame) -> tuple[str, str]:
+    """The event line in two parts; the first 15 bytes of the client's GUID go between.
+
+    In this way a line is made once, not once a client.
+
+    >>> before, after = format_event(Frame(0x0C140305, bytes([0, 1, 35]), 1795390139810025, None))
+    >>> before + format_guid(bytes(15)) + after
+    '96,20,3,0,2026-11-22T23:28:59,82083625,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n'
+    """
+    before, nickname = id_text(frame.can_id)
+    time_us = frame.time_us
+    return (f"{before}0,{date_text(time_us // 1000000)},{time_us & 0xFFFFFFFF},",
+            nickname + DATA_TEXT[len(frame.data)] % tuple(frame.data))
+
+
+# =============================================================================
+# 7. Filters
+# =============================================================================
+# A client's filter and mask are four fields of text; all that matters of them
+# on CAN is one comparison of the id: a frame passes when can_id & mask == value.
+
+class Filter(NamedTuple):
+    """A filter or a mask as a client gives it."""
+
+    priority: int       # 0-255
+    vscp_class: int     # 0-0xFFFF
+    vscp_type: int      # 0-0xFFFF
+    guid: bytes         # 16 bytes
+
+
+FILTER_ALL = Filter(0, 0, 0, GUID_ZERO)
+
+
+class View(NamedTuple):
+    """What decides how a client sees a frame. Clients with equal views get equal lines."""
+
+    guid_text: str      # the first 15 bytes
+    value: int          # passes when can_id & mask == value
+    mask: int
+
+
+def parse_filter(text: str) -> Filter:
+    """The filter or mask `priority,class,type,GUID`.
+
+    Raises VscpError when it is not one. Real clients give masks of 0xFFFF for
+    the type, too.
+
+    >>> parse_filter("0,0x1FF,0,-").vscp_class
+    511
+    """
+    fields = text.split(",")
+    if len(fields) != 4:
+        raise VscpError("a filter is priority,class,type,GUID")
+    return Filter(parse_number(fields[0], 0xFF, "priority"),
+                  parse_number(fields[1], 0xFFFF, "class"),
+                  parse_number(fields[2], 0xFFFF, "type"),
+                  parse_event_guid(fields[3]))
+
+
+def make_view(wanted: Filter, mask: Filter, guid: bytes) -> View:
+    """The view of a client with this filter, mask and GUID.
+
+    The GUID compared is the event's as the client sees it: its own with the
+    nickname as the last byte. A filter class of 512-1023 means the Level I class
+    512 lower, as events from CAN have no other. What no frame can match (class
+    mask 0xFFFF and filter 2000, say) becomes mask 0, value 1: nothing passes.
+
+    >>> view = make_view(Filter(0, 20, 0, GUID_ZERO), Filter(0, 0xFFFF, 0, GUID_ZERO), GUID_ZERO)
+    >>> f"{view.value:08X} {view.mask:08X}"
+    '00140000 01FF0000'
+    """
+    guid_text = format_guid(guid[:15])
+    vscp_class = wanted.vscp_class
+    if 512 <= vscp_class <= 1023:
+        vscp_class -= 512
+    same_guid = all((ours ^ theirs) & bits == 0
+                    for ours, theirs, bits in zip(guid[:15], wanted.guid, mask.guid))
+    if (not same_guid or wanted.priority & mask.priority > 7
+            or vscp_class & mask.vscp_class > 0x1FF or wanted.vscp_type & mask.vscp_type > 0xFF):
+        return View(guid_text, value=1, mask=0)
+    bits = ((mask.priority & 7) << 26 | (mask.vscp_class & 0x1FF) << 16
+            | (mask.vscp_type & 0xFF) << 8 | mask.guid[15])
+    value = ((wanted.priority & 7) << 26 | (vscp_class & 0x1FF) << 16
+             | (wanted.vscp_type & 0xFF) << 8 | wanted.guid[15])
+    return View(guid_text, value & bits, bits)
+
+
+def pack_filters(wanted: Iterable[tuple[int, int]]) -> bytes:
+    """The CAN_RAW_FILTER option: an array of struct can_filter, the union of what is wanted.
+
+    Takes pairs of value and mask as in View. Only extended data frames pass.
+    More filters than the kernel takes become one that passes them all.
+    """
+    pairs = {(value, mask) for value, mask in wanted if value & mask == value}
+    if (0, 0) in pairs or len(pairs) > MAX_FILTERS:
+        pairs = {(0, 0)}
+    kind = EFF_FLAG | RTR_FLAG
+    return b"".join(FILTER.pack(value | EFF_FLAG, mask | kind) for value, mask in sorted(pairs))
+
+
+# =============================================================================
+# 8. Session
+# =============================================================================
+# The protocol state of one connection and its commands. No socket and no clock:
+# a do_ method takes the arguments of a command and returns the whole reply, or
+# raises VscpError. What a command needs of the world outside (the bus, the
+# interface list) it asks of the Daemon.
+
+def ok(*lines: str, text: str = "") -> str:
+    """A good reply: data lines, then the final `+OK` line."""
+    final = f"+OK - {text}" if text else "+OK"
+    return "\r\n".join(lines + (final, ""))
+
+
+def refusal(reason: object) -> str:
+    """A bad reply: the final `-OK` line."""
+    return f"-OK - {reason}\r\n"
+
+
+class LineSplitter:
+    """Makes command lines out of bytes, however they are cut into packets.
+
+    CR, other control characters and bytes over 0x7E are dropped. A line of more
+    than MAX_LINE characters becomes TOO_LONG; no more than that is ever stored.
+    """
+
+    TOO_LONG = "\0too long"         # no line has a control character
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        *lines, self.rest = (self.rest + data.translate(None, NOT_TEXT)).split(b"\n")
+        # One character more than allowed is enough to remember that there were too many.
+        self.rest = self.rest[:MAX_LINE + 1]
+        return [line.decode("ascii") if len(line) <= MAX_LINE else self.TOO_LONG for line in lines]
+
+
+class Session:
+    """The state of one connection, and what its commands do."""
+
+    def __init__(self, daemon: Daemon, name: str) -> None:
+        self.daemon = daemon
+        self.name = name                    # who it is, for messages
+        self.guid = guid = daemon.options.guid
+        self.filter = FILTER_ALL
+        self.mask = FILTER_ALL
+        self.view = make_view(self.filter, self.mask, guid)
+        self.rcvloop = False
+        self.closing = False                # QUIT has been answered
+        self.previous = ""                  # the line that `+` runs again
+        self.fifo: deque[str] = deque(maxlen=daemon.options.buffer)    # event lines
+        self.fifo_overruns = 0
+        self.overruns_before = daemon.bus.overruns
+        self.rx_frames = self.rx_bytes = self.tx_frames = self.tx_bytes = 0
+
+    def buffer(self, lines: list[str]) -> None:
+        """Put event lines into the FIFO; the oldest go when it is full."""
+        self.fifo_overruns += max(0, len(self.fifo) + len(lines) - (self.fifo.maxlen or 0))
+        self.fifo.extend(lines)
+
+    def set_view(self) -> None:
+        """Make a changed GUID, filter or mask count from the next event on."""
+        self.daemon.take_in()               # judged by the old filter
+        self.view = make_view(self.filter, self.mask, self.guid)
+        self.daemon.views_changed()
+
+    # --- privilege 0 ---
+
+    def do_noop(self) -> str:
+        return ok()
+
+    def do_quit(self) -> str:
+        self.closing = True
+        return ok(text="bye")
+
+    def do_repeat(self) -> str:
+        if not self.previous:
+            raise VscpError("no input")
+        return run_command(self, self.previous)
+
+    def do_user(self, name: str = "") -> str:
+        return self.check_login("user", name, self.daemon.options.user)
+
+    def do_pass(self, password: str = "") -> str:
+        return self.check_login("password", password, self.daemon.options.password)
+
+    def check_login(self, what: str, given: str, configured: str | None) -> str:
+        if not configured:
+            return ok(text=f"no {what} configured")
+        if not given:
+            raise VscpError("please supply " + ("username" if what == "user" else what))
+        if given != configured:
+            raise VscpError(f"invalid {what}")
+        return ok()
+
+    def do_help(self, name: str = "") -> str:
+        rows = [find_command(name)] if name else COMMANDS
+        return ok(*(row.help() for row in rows))
+
+    def do_vers(self) -> str:
+        return ok(__version__.replace(".", ",") + ",0")
+
+    def do_wcyd(self) -> str:
+        return ok("-".join(f"{byte:02X}" for byte in self.daemon.capabilities.to_bytes(8, "big")))
+
+    def do_interface(self, action: str = "list") -> str:
+        if action.lower() in ("close", "unique", "normal"):
+            return self.do_unsupported()
+        if action.lower() != "list":
+            raise VscpError("interface knows only LIST")
+        return ok(*self.daemon.interfaces(self))
+
+    def do_restart(self) -> str:
+        raise VscpError("uvscpd is not capable of restart/shutdown")
+
+    def do_unsupported(self, *_arguments: str) -> str:
+        raise VscpError("only the full VSCP daemon has this command, uvscpd does not")
+
+    # --- privilege 1 ---
+
+    def do_cdta(self) -> str:
+        self.daemon.take_in()
+        return ok(f"{len(self.fifo)} ")
+
+    def do_clra(self) -> str:
+        self.daemon.take_in()
+        self.fifo.clear()
+        return ok(text="All events cleared.")
+
+    def do_stat(self) -> str:
+        bus = self.daemon.bus
+        overruns = self.fifo_overruns + bus.overruns - self.overruns_before
+        return ok(f"{bus.bus_offs},{bus.warnings},{overruns},{self.rx_bytes},{self.rx_frames},"
+                  f"{self.tx_bytes},{self.tx_frames}")
+
+    def do_info(self) -> str:
+        state = self.daemon.bus.state
+        return ok(f'{state.status},{state.code},{state.subcode},"{state.text}"')
+
+    def do_chid(self) -> str:
+        return ok("0")
+
+    def do_ggid(self) -> str:
+        return ok(format_guid(self.guid))
+
+    # --- privilege 2 ---
+
+    def do_retr(self, count: str = "1") -> str:
+        wanted = parse_number(count, sys.maxsize, "number of events")
+        if self.rcvloop:
+            return ok()
+        self.daemon.take_in()
+        lines = [self.fifo.popleft() for _ in range(min(wanted, len(self.fifo)))]
+        final = ok() if len(lines) == wanted else refusal("No event(s) available")
+        return "".join(lines) + final
+
+    def do_rcvloop(self) -> str:
+        self.rcvloop = True
+        return ok()
+
+    def do_quitloop(self) -> str:
+        self.rcvloop = False
+        return ok()
+
+    # --- privilege 4 and 6 ---
+
+    def do_send(self, text: str) -> str:
+        can_id, data = event_to_can(parse_event(text), self.guid)
+        self.daemon.bus.send(can_id, data, self)
+        self.tx_frames += 1
+        self.tx_bytes += 4 + len(data)
+        return ok()
+
+    def do_sgid(self, text: str) -> str:
+        self.guid = parse_guid(text)
+        self.set_view()
+        return ok()
+
+    def do_smsk(self, text: str) -> str:
+        try:
+            self.mask = parse_filter(text)
+        except VscpError:
+            raise VscpError("format error in mask frame") from None
+        self.set_view()
+        return ok()
+
+    def do_sflt(self, text: str) -> str:
+        try:
+            self.filter = parse_filter(text)
+        except VscpError:
+            raise VscpError("format error in filter frame") from None
+        self.set_view()
+        return ok()
+
+
+# =============================================================================
+# 9. Command table
+# =============================================================================
+# All that is known about a command stands in its row: HELP prints the table,
+# run_command looks up, checks the privilege, counts the arguments and calls.
+
+class Command(NamedTuple):
+    """A row of the command table."""
+
+    names: str                  # the command and its aliases
+    arguments: str              # as HELP shows them
+    least: int                  # number of arguments
+    most: int
+    privilege: int              # 0-15, what a client must have
+    handler: Callable[..., str]
+    summary: str
+
+    def help(self) -> str:
+        """One line: names, arguments and what the command does."""
+        name, *aliases = self.names.upper().split()
+        also = f" (also {', '.join(aliases)})" if aliases else ""
+        return f"{name} {self.arguments}".rstrip() + f": {self.summary}{also}"
+
+
+ANY = 99
+COMMANDS = (
+    Command("noop", "", 0, 0, 0, Session.do_noop, "nothing, is answered +OK"),
+    Command("quit exit", "", 0, 0, 0, Session.do_quit, "end this connection"),
+    Command("+", "", 0, 0, 0, Session.do_repeat, "run the previous command again"),
+    Command("user", "[NAME]", 0, 1, 0, Session.do_user, "user name, to log in"),
+    Command("pass", "[PASSWORD]", 0, 1, 0, Session.do_pass, "password, to log in"),
+    Command("help", "[COMMAND]", 0, 1, 0, Session.do_help, "this list, or one line of it"),
+    Command("vers version", "", 0, 0, 0, Session.do_vers, "version of the daemon"),
+    Command("wcyd whatcanyoudo", "", 0, 0, 0, Session.do_wcyd, "capabilities, 64 bits"),
+    Command("interface", "[list]", 0, 1, 0, Session.do_interface, "list the interfaces"),
+    Command("cdta chdata chkdata checkdata", "", 0, 0, 1, Session.do_cdta,
+            "number of buffered events"),
+    Command("clra clrall clearall", "", 0, 0, 1, Session.do_clra, "forget the buffered events"),
+    Command("stat", "", 0, 0, 1, Session.do_stat,
+            "busoff,buswarnings,overruns,rxbytes,rxframes,txbytes,txframes"),
+    Command("info", "", 0, 0, 1, Session.do_info, 'state of the bus: status,code,subcode,"text"'),
+    Command("chid getchid", "", 0, 0, 1, Session.do_chid, "channel id of this client"),
+    Command("ggid getguid", "", 0, 0, 1, Session.do_ggid, "GUID of this client"),
+    Command("retr retrieve", "[N]", 0, 1, 2, Session.do_retr, "up to N buffered events, or one"),
+    Command("rcvloop receiveloop", "", 0, 0, 2, Session.do_rcvloop,
+            "get every event as it comes"),
+    Command("quitloop", "", 0, 0, 2, Session.do_quitloop, "end the receive loop"),
+    Command("send", "EVENT", 1, 1, 4, Session.do_send,
+            "send head,class,type,obid,datetime,timestamp,GUID,data..."),
+    Command("sgid setguid", "GUID", 1, 1, 6, Session.do_sgid, "set the GUID of this client"),
+    Command("smsk setmask", "MASK", 1, 1, 6, Session.do_smsk, "set priority,class,type,GUID"),
+    Command("sflt setfilter", "FILTER", 1, 1, 6, Session.do_sflt, "set priority,class,type,GUID"),
+    Command("restart shutdown", "", 0, ANY, 15, Session.do_restart, "not in uvscpd"),
+    Command("challenge measurement driver file udp remote var variable dm table test",
+            "...", 0, ANY, 0, Session.do_unsupported, "only in the full VSCP daemon"),
+)
+COMMAND_BY_NAME = {name: row for row in COMMANDS for name in row.names.split()}
+
+
+def find_command(name: str) -> Command:
+    """The row of a command, given in any case; raises VscpError when there is none."""
+    try:
+        return COMMAND_BY_NAME[name.lower()]
+    except KeyError:
+        raise VscpError("invalid command") from None
+
+
+def run_command(session: Session, line: str) -> str:
+    """The whole reply to a command line, data lines and exactly one final line.
+
+    Raises BusFull alone: the same line is to be run again a moment later.
+    """
+    try:
+        name, *arguments = line.split() or [""]
+        if not name:
+            raise VscpError("no input")
+        if name != "+":
+            session.previous = line
+        command = find_command(name)
+        if not command.least <= len(arguments) <= command.most:
+            raise VscpError("wrong number of arguments")
+        return command.handler(session, *arguments)
+    except BusFull:
+        raise
+    except VscpError as error:
+        return refusal(error)
+
+
+# =============================================================================
+# 10. Bus
+# =============================================================================
+# Takes and gives frames, and knows how the bus is doing. Knows nothing of
+# clients, but for remembering who sent which frame. OSError ends here.
+
+WELL, WARNING, PASSIVE, BUS_OFF, AWAY = range(5)     # AWAY: no usable interface
+
+
+class BusState(NamedTuple):
+    """How the bus is doing, as INFO tells it."""
+
+    status: int         # WELL to AWAY
+    code: int           # error classes of linux/can/error.h; status 4: an errno
+    subcode: int        # state of the controller, data[1] of an error frame
+    text: str
+    advice: str = ""    # what helps, a command to type where there is one
+
+
+BUS_WELL = BusState(WELL, 0, 0, "OK")
+
+
+class Bus:
+    """The bus inside the process, `:virtual:`, and what every bus has.
+
+    The clients talk to each other; no hardware and no kernel support is needed.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state = BUS_WELL
+        self.bus_offs = 0           # since the daemon was started
+        self.warnings = 0
+        self.overruns = 0           # frames that the kernel or the controller dropped
+        self.frames: deque[Frame] = deque()
+        self.sock: socket.socket | None = None
+
+    def send(self, can_id: int, data: bytes, sender: Session | None) -> None:
+        """Put a frame onto the bus.
+
+        Raises BusFull when there is no room at the moment, BusError when the
+        bus cannot take it.
+        """
+        self.frames.append(Frame(can_id, data, time.time_ns() // 1000, sender))
+
+    def receive(self, limit: int) -> list[Frame]:
+        """Up to `limit` frames that have come, oldest first."""
+        return [self.frames.popleft() for _ in range(min(limit, len(self.frames)))]
+
+    def set_filters(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Let only frames through that match one of the pairs of value and mask."""
+
+    def check(self) -> None:
+        """Look after an interface that is away."""
+
+
+class OwnFrames:
+    """Remembers who sent which frame until the kernel gives it back as sent.
+
+    Frames come back in the order in which they were sent, but some never do: a
+    controller that goes bus off forgets them, a full receive buffer drops them.
+    So what is overtaken, or was under way when something went wrong, is
+    doubtful: it still tells the sender if nothing else does.
+    """
+
+    MOST_DOUBTFUL = 1000
+
+    def __init__(self) -> None:
+        self.pending: deque[tuple[int, bytes, Session | None]] = deque()
+        self.doubtful: deque[tuple[int, bytes, Session | None]] = deque(
+            maxlen=self.MOST_DOUBTFUL)
+
+    def add(self, can_id: int, data: bytes, sender: Session | None, expected: bool) -> None:
+        """A frame was sent; `expected` says whether the filter lets it come back."""
+        (self.pending if expected else self.doubtful).append((can_id, data, sender))
+
+    def doubt(self) -> None:
+        """What is under way may not come back."""
+        self.doubtful.extend(self.pending)
+        self.pending.clear()
+
+    def claim(self, can_id: int, data: bytes) -> Session | None:
+        """The sender of a frame that came back, None when nobody knows."""
+        for entry in self.pending:
+            if entry[0] == can_id and entry[1] == data:
+                while self.pending[0] is not entry:
+                    self.doubtful.append(self.pending.popleft())
+                return self.pending.popleft()[2]
+        for entry in self.doubtful:
+            if entry[0] == can_id and entry[1] == data:
+                self.doubtful.remove(entry)
+                return entry[2]
+        return None
+
+
+class SocketCan(Bus):
+    """One CAN_RAW socket on a SocketCAN interface, for everybody.
+
+    What the kernel does (net/can/raw.c): an interface that goes down gives
+    ENETDOWN once, and the same socket works again when it is up; one that is
+    removed gives ENODEV, and the socket is dead for good.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.own = OwnFrames()
+        self.wanted: list[tuple[int, int]] = []
+        self.dropped = 0            # the kernel's running total for this socket
+        self.open()
+
+    # --- opening, and the interface's coming and going ---
+
+    def open(self) -> None:
+        """Make the socket, or note why that is not possible."""
+        try:
+            family, protocol = socket.AF_CAN, socket.CAN_RAW
+        except AttributeError:      # this Python was built without SocketCAN
+            self.on_away(errno.EAFNOSUPPORT)
+            return
+        sock = None
+        try:
+            sock = socket.socket(family, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
+            self.set_options(sock)
+            sock.bind((self.name,))
+        except OSError as error:
+            if sock is not None:
+                sock.close()
+            self.on_away(error.errno or errno.EIO)
+            return
+        self.sock = sock
+        self.dropped = 0
+        self.own.doubt()
+        self.set_filters(self.wanted)
+        self.look_up()
+
+    def set_options(self, sock: socket.socket) -> None:
+        """Set what does not depend on the clients."""
+        sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
+        sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, 1)
+        sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER,
+                        ERR_TX_TIMEOUT | ERR_CRTL | ERR_ACK | ERR_BUSOFF | ERR_RESTARTED)
+        # Each of these is better than nothing, and nothing will do.
+        for options in ((SO_RCVBUFFORCE, socket.SO_RCVBUF), TIMESTAMP, (SO_RXQ_OVFL,)):
+            for option in options:
+                try:
+                    value = RECEIVE_BUFFER if option in (SO_RCVBUFFORCE, socket.SO_RCVBUF) else 1
+                    sock.setsockopt(socket.SOL_SOCKET, option, value)
+                    break
+                except OSError as error:
+                    log.debug(f"socket option {option} of {self.name}: {error.strerror}")
+
+    def flags(self) -> int:
+        """The interface's flags (IFF_...); raises OSError when there is none of that name."""
+        assert self.sock is not None
+        request = struct.pack("16sh14x", self.name.encode(), 0)
+        answer = fcntl.ioctl(self.sock, SIOCGIFFLAGS, request)
+        return int(struct.unpack("16sH14x", answer)[1])
+
+    def look_up(self) -> None:
+        """Note whether the interface is up, down or gone."""
+        try:
+            if self.flags() & IFF_UP:
+                if self.state.status == AWAY:
+                    self.set_state(BUS_WELL)
+            else:
+                self.on_away(errno.ENETDOWN)
+        except OSError as error:
+            self.on_away(error.errno or errno.EIO)
+
+    def check(self) -> None:
+        if self.state.status != AWAY:
+            return
+        if self.sock is not None and self.state.code == errno.ENETDOWN:
+            self.look_up()
+            return
+        try:
+            socket.if_nametoindex(self.name)
+        except OSError:
+            return              # still missing; no use asking the kernel for a socket
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        self.open()
+
+    def on_away(self, code: int) -> None:
+        """The interface cannot be used: note it with the advice that helps."""
+        name = self.name
+        up = f"ip link set {name} up" + (" type can bitrate 125000" if name[:3] == "can" else "")
+        if code == errno.ENETDOWN:
+            text, advice = f"interface {name} is down", up
+        elif code == errno.EAFNOSUPPORT:
+            text = "no CAN support (Address family not supported)"
+            advice = "modprobe can can_raw; on OpenWrt: opkg install kmod-can kmod-can-raw"
+        elif code == errno.EPROTONOSUPPORT:
+            text = "no raw CAN support (Protocol not supported)"
+            advice = "modprobe can_raw; on OpenWrt: opkg install kmod-can-raw"
+        elif code in (errno.ENODEV, errno.ENXIO):
+            code = errno.ENODEV
+            text, advice = f"interface {name}: {os.strerror(code)}", up
+            if name[:4] == "vcan":
+                advice = f"ip link add dev {name} type vcan && {up}"
+        else:
+            text, advice = f"interface {name}: {os.strerror(code)}", ""
+        self.set_state(BusState(AWAY, code, 0, text, advice))
+
+    def set_state(self, state: BusState) -> None:
+        """Note how the bus is doing; a change is logged once."""
+        old, self.state = self.state, state
+        if state.text == old.text:
+            return
+        if state is BUS_WELL:
+            log.info(f"{self.name}: the bus is back, was: {old.text}")
+            return
+        self.own.doubt()
+        log.warning(f"{self.name}: {self.trouble()}")
+
+    # --- frames ---
+
+    def set_filters(self, wanted: Iterable[tuple[int, int]]) -> None:
+        self.wanted = list(wanted)
+        if self.sock is None:
+            return
+        try:
+            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
+                                 pack_filters(self.wanted))
+        except OSError as error:            # the interface goes at this very moment
+            self.on_away(error.errno or errno.EIO)
+
+    def passes(self, can_id: int) -> bool:
+        """Whether the kernel's filter lets a frame through."""
+        return any(can_id & mask == value for value, mask in self.wanted)
+
+    def send(self, can_id: int, data: bytes, sender: Session | None) -> None:
+        if self.sock is None:
+            raise BusError(self.trouble())
+        try:
+            # Linux takes frames while a controller is bus off, and drops them.
+            if self.state.status == BUS_OFF and not self.flags() & IFF_RUNNING:
+                raise BusFull(self.trouble())
+            self.sock.send(pack_frame(can_id, data))
+        except OSError as error:
+            if error.errno in (errno.ENOBUFS, errno.EAGAIN):
+                raise BusFull(f"{self.name} takes no more frames: nobody acknowledges, "
+                              "bus off, or too much traffic") from None
+            self.on_away(error.errno or errno.EIO)
+            raise BusError(self.trouble()) from None
+        self.own.add(can_id, data, sender, self.passes(can_id))
+
+    def trouble(self) -> str:
+        """What is wrong with the bus and what helps, for a person."""
+        return self.state.text + (f", try: {self.state.advice}" if self.state.advice else "")
+
+    def receive(self, limit: int) -> list[Frame]:
+        frames: list[Frame] = []
+        if self.sock is None:
+            return frames
+        recvmsg = self.sock.recvmsg
+        try:
+            for _ in range(limit):
+                raw, ancillary, flags, _address = recvmsg(FRAME.size, ANCILLARY_SIZE)
+                can_id, length, data = FRAME.unpack(raw)
+                time_us = 0
+                for _level, kind, value in ancillary:
+                    if kind in TIMESTAMP:
+                        seconds, nanoseconds = TIMESTAMP[kind].unpack(value)
+                        time_us = seconds * 1000000 + nanoseconds // 1000
+                    elif kind == SO_RXQ_OVFL:
+                        self.on_dropped(*struct.unpack("=I", value))
+                if can_id & ERR_FLAG:
+                    self.on_error_frame(can_id, data[1])
+                    continue
+                can_id, data = can_id & EFF_MASK, data[:length]
+                sender = None
+                if flags & MSG_CONFIRM:
+                    sender = self.own.claim(can_id, data)
+                frames.append(Frame(can_id, data, time_us or time.time_ns() // 1000, sender))
+        except BlockingIOError:
+            pass                # the kernel has no more
+        except OSError as error:
+            self.on_away(error.errno or errno.EIO)
+        return frames
+
+    # --- errors on the bus ---
+
+    def on_dropped(self, total: int) -> None:
+        """The kernel's running total of frames that its full buffer dropped."""
+        if total != self.dropped:
+            self.overruns += total - self.dropped & 0xFFFFFFFF
+            self.dropped = total
+            self.own.doubt()
+
+    def on_error_frame(self, can_id: int, controller: int) -> None:
+        """Note what an error frame (linux/can/error.h) tells; `controller` is data[1]."""
+        code = can_id & EFF_MASK
+        if code & ERR_BUSOFF:
+            self.bus_offs += 1
+            advice = f"ip link set {self.name} type can restart-ms 100; wiring, bit rate"
+            self.set_state(BusState(BUS_OFF, code, controller, "bus off", advice))
+        elif code & ERR_RESTARTED:
+            self.set_state(BUS_WELL)
+        elif code & ERR_CRTL:
+            self.on_controller(code, controller)
+        else:
+            text = "nobody acknowledges" if code & ERR_ACK else "transmit timeout"
+            self.on_warning(BusState(WARNING, code, controller, text, "wiring, bit rate, other nodes"))
+
+    def on_controller(self, code: int, controller: int) -> None:
+        if controller & CRTL_RX_OVERFLOW:
+            self.overruns += 1
+        if controller & CRTL_PASSIVE:
+            self.on_warning(BusState(PASSIVE, code, controller, "error passive", "wiring, bit rate"))
+        elif controller & CRTL_WARNING:
+            self.on_warning(BusState(WARNING, code, controller, "error warning", "wiring, bit rate"))
+        elif controller & CRTL_ACTIVE:
+            self.set_state(BUS_WELL)
+
+    def on_warning(self, state: BusState) -> None:
+        if state.text != self.state.text:
+            self.warnings += 1
+        self.set_state(state)
+
+
+# =============================================================================
+# 11. Client
+# =============================================================================
+# Moves bytes between a TCP connection and its session. Never blocks: what the
+# connection does not take now waits in `output`, and as long as something waits
+# there, no more is read.
+
+def split_lines(block: bytes, limit: int) -> list[bytes]:
+    """The block cut behind line ends into pieces of at most `limit` bytes, if lines allow."""
+    pieces = []
+    while len(block) > limit:
+        cut = block.rfind(b"\n", 0, limit) + 1 or block.find(b"\n") + 1
+        pieces.append(block[:cut])
+        block = block[cut:]
+    return pieces + [block] if block else pieces
+
+
+class Client:
+    """One TCP connection."""
+
+    END = "\0end"                           # in `lines`: the peer sends no more
+
+    def __init__(self, daemon: Daemon, sock: socket.socket, session: Session) -> None:
+        self.daemon = daemon
+        self.sock = sock
+        self.session = session
+        self.splitter = LineSplitter()
+        self.lines: deque[str] = deque()                # commands to run
+        self.output: deque[bytes] = deque()             # each one write, whole lines
+        self.segment = max(536, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))
+        self.interest = 0                   # what the selector watches
+        self.streaming = False              # events are sent as they come
+        self.sign_of_life_at = 0.0
+        self.deadline: float | None = None   # until when the first line waits for room
+        self.work_due = False               # a timer will call work
+        self.dirty = False                  # to be flushed at the end of this turn
+        self.leaving = False                # only a last reply is still to arrive
+        self.ended = False                  # the peer sends no more
+        self.closed = False
+
+    # --- what the loop calls ---
+
+    def guarded(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Call something for this client; whatever goes wrong costs no other client anything."""
+        if self.closed:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.daemon.drop(self, error.strerror or str(error))
+        except Exception:
+            import traceback
+            log.error(f"{self.session.name}: a bug in uvscpd.py, the client is dropped:\n"
+                      + traceback.format_exc())
+            self.daemon.drop(self, "internal error")
+
+    def later(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
+        self.daemon.call_later(delay_s, self.guarded, action, *arguments)
+
+    def on_ready(self, mask: int) -> None:
+        self.mark_dirty()
+        if mask & selectors.EVENT_READ:
+            self.guarded(self.read)
+
+    def mark_dirty(self) -> None:
+        if not self.dirty:
+            self.dirty = True
+            self.daemon.dirty.append(self)
+
+    # --- reading and commands ---
+
+    def read(self) -> None:
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except BlockingIOError:
+            return
+        self.ended = not data
+        if self.leaving:
+            if self.ended:
+                self.daemon.drop(self, "")
+            return
+        self.lines.extend(self.splitter.feed(data) if data else [self.END])
+        self.work()
+
+    def work(self) -> None:
+        """Run some of the lines that have come; the other clients have their turn, too."""
+        self.work_due = False
+        replies: list[str] = []
+        for _ in range(LINES_A_TURN):
+            if not self.lines or self.leaving or self.stuck():
+                break
+            reply = self.run_line(self.lines[0])
+            if reply is None:
+                break
+            self.lines.popleft()
+            if self.session.rcvloop and not self.streaming:
+                # A real client loses events that arrive together with this +OK,
+                # so it is a write of its own, and they follow in the next turn.
+                self.write("".join(replies))
+                self.write(reply)
+                replies.clear()
+                self.later(0, self.start_streaming)
+                break
+            replies.append(reply)
+        self.streaming = self.streaming and self.session.rcvloop
+        self.write("".join(replies))
+        if self.session.closing:
+            self.leave()
+        elif self.deadline is None:
+            self.work_on()
+
+    def work_on(self) -> None:
+        """Run what is left in the next turn."""
+        if self.lines and not self.work_due and not self.stuck():
+            self.work_due = True
+            self.later(0, self.work)
+
+    def stuck(self) -> bool:
+        """Whether replies must be read first; a SEND that waits for room is not held up."""
+        return bool(self.interest & selectors.EVENT_WRITE) and self.deadline is None
+
+    def run_line(self, line: str) -> str | None:
+        """The reply to a line, None while it has to wait for room on the bus."""
+        if line is self.END:
+            self.session.closing = True
+            return ""
+        if line is LineSplitter.TOO_LONG:
+            return refusal("line length exceeded")
+        if log.debugging and self.deadline is None:
+            log.debug(f"{self.session.name} > {hide_password(line)}")
+        try:
+            reply = run_command(self.session, line)
+        except BusFull as full:
+            now = time.monotonic()
+            if self.deadline is None:
+                self.deadline = now + SEND_WAIT_S
+                self.daemon.wait_for_room(self)
+            if now < self.deadline:
+                return None
+            reply = refusal(full)
+        self.deadline = None
+        return reply
+
+    # --- events and writing ---
+
+    def put(self, lines: list[str], block: bytes, size: int) -> None:
+        """Take event lines: as a list and as one block, and their size in bytes on CAN."""
+        session = self.session
+        session.rx_frames += len(lines)
+        session.rx_bytes += size
+        if not self.streaming or self.output or session.fifo:
+            session.buffer(lines)
+        elif len(block) <= self.segment:
+            self.output.append(block)
+        else:
+            self.output.extend(split_lines(block, self.segment))
+        self.mark_dirty()
+
+    def start_streaming(self) -> None:
+        self.streaming = self.session.rcvloop
+        self.sign_of_life_at = time.monotonic() + SIGN_OF_LIFE_S
+        self.later(SIGN_OF_LIFE_S, self.sign_of_life)
+        self.mark_dirty()
+
+    def sign_of_life(self) -> None:
+        now = time.monotonic()
+        # A timer from before a QUITLOOP may come early: it is not its turn.
+        if not self.streaming or now < self.sign_of_life_at:
+            return
+        if not self.output:
+            self.write(ok())
+        self.sign_of_life_at += SIGN_OF_LIFE_S
+        self.later(self.sign_of_life_at - now, self.sign_of_life)
+
+    def write(self, text: str) -> None:
+        """Have text sent at the end of this turn, a segment's worth of lines a write."""
+        if log.debugging:
+            for line in text.splitlines():
+                log.debug(f"{self.session.name} < {line}")
+        self.output.extend(split_lines(text.encode("ascii"), self.segment))
+        self.mark_dirty()
+
+    def flush(self) -> None:
+        """Send what the connection takes, and watch for what comes next."""
+        self.dirty = False
+        while self.output or self.fill():
+            block = self.output[0]
+            try:
+                sent = self.sock.send(block)
+            except BlockingIOError:
+                break
+            if sent < len(block):
+                self.output[0] = block[sent:]
+                break
+            self.output.popleft()
+        if self.leaving and not self.output:
+            self.shut_down()
+        self.watch()
+
+    def fill(self) -> bool:
+        """Move a segment's worth of events from the FIFO to the output, if there are any."""
+        fifo = self.session.fifo
+        if not self.streaming or not fifo:
+            return False
+        lines = [fifo.popleft()]
+        room = self.segment - len(lines[0])
+        while fifo and len(fifo[0]) <= room:
+            room -= len(fifo[0])
+            lines.append(fifo.popleft())
+        self.output.append("".join(lines).encode("ascii"))
+        return True
+
+    def watch(self) -> None:
+        """Have the selector watch for what this client can use now."""
+        interest = 0
+        if self.output:
+            interest = selectors.EVENT_WRITE
+        elif not self.lines and not self.ended:
+            interest = selectors.EVENT_READ
+        if interest != self.interest and not self.closed:
+            self.daemon.watch(self.sock, self.interest, interest, self.on_ready)
+            self.interest = interest
+            if self.deadline is None:
+                self.work_on()
+
+    # --- the end ---
+
+    def leave(self) -> None:
+        """Close once the last reply has arrived: closing at once could reset it away."""
+        if not self.leaving:
+            self.leaving = True
+            self.streaming = False
+            self.lines.clear()
+            self.daemon.on_leaving(self)
+            self.later(LINGER_S, self.daemon.drop, self, "")
+            self.mark_dirty()
+
+    def shut_down(self) -> None:
+        """Tell the peer that nothing follows; read() takes in what it still sends."""
+        self.sock.shutdown(socket.SHUT_WR)
+        if self.ended:
+            self.daemon.drop(self, "")
+
+
+def hide_password(line: str) -> str:
+    """The line as it may be shown."""
+    return re.sub(r"(?i)^(\s*pass\s+).*", r"\1***", line)
+
+
+# =============================================================================
+# 12. Daemon
+# =============================================================================
+# The loop: waits for sockets and timers, hands frames to the clients, and once
+# a turn has every client that has something to say write it.
+
+class Daemon:
+    """Everything that runs: the bus, the listening socket, the clients."""
+
+    def __init__(self, options: Options, listener: socket.socket, bus: Bus) -> None:
+        self.options = options
+        self.bus = bus
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
+        self.capabilities = CAPABILITIES
+        if listener.family == socket.AF_INET6:
+            self.capabilities |= CAPABILITY_IPV6
+        self.clients: set[Client] = set()
+        self.leaving: set[Client] = set()       # told to go, not counted any more
+        self.views: dict[View, list[Client]] = {}
+        self.dirty: list[Client] = []           # to be flushed at the end of this turn
+        self.senders: deque[Client] = deque()   # wait for room in the transmit queue
+        self.timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.timer_numbers = itertools.count()  # equal times run in the order they were set
+        self.stopping = False
+        self.gathering = False                  # under load: the bus is polled, not watched
+        self.last_wake = 0.0
+        self.bus_watched: socket.socket | None = None
+        self.selector = selectors.DefaultSelector()
+        self.listener = listener
+        self.watch(listener, 0, selectors.EVENT_READ, self.on_connection)
+        self.wake_up, self.wake_up_end = socket.socketpair()
+        self.wake_up.setblocking(False)
+        self.wake_up_end.setblocking(False)
+        self.watch(self.wake_up, 0, selectors.EVENT_READ, self.on_signal)
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serve until stop is called."""
+        signal.set_wakeup_fd(self.wake_up_end.fileno())
+        self.check_bus()
+        while not self.stopping:
+            timeout = None
+            if self.timers:
+                timeout = max(0.0, self.timers[0][0] - time.monotonic())
+            ready = self.selector.select(timeout)
+            # A timer set in this turn runs in the next one.
+            now = time.monotonic()
+            for key, mask in ready:
+                key.data(mask)
+            self.run_timers(now)
+            if self.bus.frames:
+                self.pump(FRAMES_A_TURN)
+            dirty, self.dirty = self.dirty, []
+            for client in dirty:
+                client.guarded(client.flush)
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def close(self) -> None:
+        """End every connection."""
+        signal.set_wakeup_fd(-1)
+        for client in self.clients | self.leaving:
+            client.sock.close()
+        self.listener.close()
+
+    def on_signal(self, _mask: int) -> None:
+        """A signal came; its handler has run, its byte is of no more use."""
+        self.wake_up.recv(READ_SIZE)
+
+    def call_later(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
+        """Call something after so many seconds, in the next turn at the earliest."""
+        when = time.monotonic() + delay_s
+        heapq.heappush(self.timers, (when, next(self.timer_numbers), action, arguments))
+
+    def run_timers(self, now: float) -> None:
+        while self.timers and self.timers[0][0] < now:
+            _when, _number, action, arguments = heapq.heappop(self.timers)
+            action(*arguments)
+
+    def watch(self, sock: socket.socket, before: int, now: int,
+              action: Callable[[int], None]) -> None:
+        """Change what the selector watches a socket for; 0 is nothing."""
+        if not now:
+            self.selector.unregister(sock)
+        elif before:
+            self.selector.modify(sock, now, action)
+        else:
+            self.selector.register(sock, now, action)
+
+    # --- from the bus to the clients ---
+
+    def check_bus(self) -> None:
+        """Twice a second: bring back a bus that was away."""
+        self.bus.check()
+        self.watch_bus()
+        self.call_later(BUS_CHECK_S, self.check_bus)
+
+    def watch_bus(self) -> None:
+        """Have the selector watch the bus's present socket, but not while frames gather."""
+        sock = None if self.gathering else self.bus.sock
+        if sock is not self.bus_watched:
+            if self.bus_watched is not None:
+                self.selector.unregister(self.bus_watched)
+            if sock is not None:
+                self.selector.register(sock, selectors.EVENT_READ, self.on_bus)
+            self.bus_watched = sock
+
+    def on_bus(self, _mask: int) -> None:
+        """Frames are there. A lone one is passed on at once, under load they gather.
+
+        Waking up costs more than a frame: at 1,000 frames/s, gathering takes a
+        third to a half of the CPU time that waking up for each one takes.
+        """
+        now = time.monotonic()
+        if now - self.last_wake < BUSY_S:
+            self.gathering = True
+            self.watch_bus()
+            self.call_later(GATHER_S, self.gather)
+        else:
+            self.pump(1)
+        self.last_wake = now
+
+    def gather(self) -> None:
+        """Under load: take what has come by now, and again later, until nothing comes."""
+        self.last_wake = time.monotonic()
+        if self.pump(FRAMES_A_TURN):
+            self.call_later(GATHER_S, self.gather)
+        else:
+            self.gathering = False
+            self.watch_bus()
+
+    def take_in(self) -> None:
+        """Hand out all that the kernel already holds."""
+        for _ in range(FRAMES_IN_KERNEL // FRAMES_A_TURN):
+            if self.pump(FRAMES_A_TURN) < FRAMES_A_TURN:
+                break
+
+    def pump(self, limit: int) -> int:
+        """Take frames from the bus and hand them to the clients; returns how many."""
+        frames = self.bus.receive(limit)
+        if log.debugging:
+            for frame in frames:
+                log.debug(self.describe(frame))
+        texts = [format_event(frame) for frame in frames]
+        senders = {frame.sender for frame in frames}
+        for view, clients in self.views.items():
+            picked = [(frame, before + view.guid_text + after)
+                      for frame, (before, after) in zip(frames, texts)
+                      if frame.can_id & view.mask == view.value]
+            if not picked:
+                continue
+            everything = self.batch(picked)
+            for client in clients:
+                if client.session not in senders:
+                    client.put(*everything)
+                    continue
+                # Nobody gets back what he sent himself.
+                others = [(frame, line) for frame, line in picked
+                          if frame.sender is not client.session]
+                if others:
+                    client.put(*self.batch(others))
+        return len(frames)
+
+    @staticmethod
+    def batch(picked: list[tuple[Frame, str]]) -> tuple[list[str], bytes, int]:
+        """What Client.put takes."""
+        lines = [line for _, line in picked]
+        size = sum(4 + len(frame.data) for frame, _ in picked)
+        return lines, "".join(lines).encode("ascii"), size
+
+    def describe(self, frame: Frame) -> str:
+        """A frame for a person to read."""
+        can_id = frame.can_id
+        origin = frame.sender.name if frame.sender else self.bus.name
+        return (f"{origin} > class {can_id >> 16 & 0x1FF} type {can_id >> 8 & 0xFF} "
+                f"nickname {can_id & 0xFF} data {frame.data.hex()}")
+
+    # --- from the clients to the bus ---
+
+    def wait_for_room(self, client: Client) -> None:
+        """The client's first line is a SEND for which the transmit queue has no room."""
+        if not self.senders:
+            self.call_later(SEND_RETRY_S, self.retry_senders)
+        self.senders.append(client)
+
+    def retry_senders(self) -> None:
+        """Let those that wait try again, in turn, as long as there is room."""
+        while self.senders:
+            client = self.senders[0]
+            deadline = client.deadline
+            client.guarded(client.work)
+            if deadline is not None and client.deadline == deadline:
+                break               # no room yet; it keeps its place
+            if self.senders and self.senders[0] is client:
+                self.senders.popleft()
+        if self.senders:
+            self.call_later(SEND_RETRY_S, self.retry_senders)
+
+    # --- clients ---
+
+    def on_connection(self, _mask: int) -> None:
+        try:
+            sock, address = self.listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.on_accept_error(error)
+            return
+        host = address[0][7:] if address[0].startswith("::ffff:") else address[0]
+        name = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A peer that vanished without a word is noticed, its slot comes back.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PEER_GONE_S // 2)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PEER_GONE_S // 8)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_GONE_S * 1000)
+            client = Client(self, sock, Session(self, name))
+        except OSError as error:
+            log.debug(f"{name}: {error.strerror}")
+            sock.close()
+            return
+        self.greet(client)
+
+    def on_accept_error(self, error: OSError) -> None:
+        """Out of descriptors or memory: no more connections for a moment."""
+        log.warning(f"cannot accept a connection: {error.strerror}")
+        self.watch(self.listener, selectors.EVENT_READ, 0, self.on_connection)
+        self.call_later(ACCEPT_PAUSE_S, self.watch, self.listener, 0, selectors.EVENT_READ,
+                        self.on_connection)
+
+    def greet(self, client: Client) -> None:
+        if len(self.clients) >= self.options.max_clients:
+            log.warning(f"{client.session.name}: refused, {len(self.clients)} clients are connected")
+            client.write(refusal("Max number of clients connected."))
+            client.leave()
+            return
+        log.info(f"{client.session.name}: connected")
+        self.take_in()              # what came before is not for this client
+        self.clients.add(client)
+        self.views_changed()
+        state = self.bus.state
+        client.write(f"uvscpd.py {__version__} - micro VSCP daemon\r\n"
+                     "VSCP events between TCP clients and a CAN bus; HELP lists the commands.\r\n"
+                     + (ok(text=f"waiting for {self.bus.name}: {os.strerror(state.code)}")
+                        if state.status == AWAY
+                        else ok(text=f"Success, connected to {self.bus.name}")))
+
+    def views_changed(self) -> None:
+        """Sort the clients by what they see, and have the kernel filter what nobody does."""
+        self.views = {}
+        for client in self.clients:
+            self.views.setdefault(client.session.view, []).append(client)
+        self.bus.set_filters((view.value, view.mask) for view in self.views)
+
+    def on_leaving(self, client: Client) -> None:
+        """The client's slot is free, though its connection is not closed yet."""
+        self.leaving.add(client)
+        if client in self.clients:
+            self.clients.remove(client)
+            self.views_changed()
+
+    def drop(self, client: Client, reason: str) -> None:
+        """Close a connection."""
+        if client.closed:
+            return
+        client.closed = True
+        if client.interest:
+            self.selector.unregister(client.sock)
+        client.sock.close()
+        self.leaving.discard(client)
+        if client in self.senders:
+            self.senders.remove(client)
+        if client in self.clients:
+            self.clients.remove(client)
+            self.views_changed()
+        log.info(f"{client.session.name}: disconnected" + (f": {reason}" if reason else ""))
+
+    def interfaces(self, session: Session) -> list[str]:
+        """The lines of INTERFACE LIST: number, type, GUID and name."""
+        guid = format_guid(session.guid)
+        return [f"0,1,{guid},{self.bus.name}|Started {self.started}"]
+
+
+# =============================================================================
+# 13. Command line, main
+# =============================================================================
+# Checks all that can be checked before anything starts. A wrong value is one
+# line on stderr and exit status 2; what the system refuses is exit status 1.
+
+class Options(argparse.Namespace):
+    """What the command line says."""
+
+    stay: bool
+    debug: bool
+    user: str | None
+    password: str | None
+    canbus: str
+    ip: str | None
+    port: int
+    guid: bytes
+    buffer: int
+    max_clients: int
+    pidfile: str
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line and friendlier argument files."""
+
+    def error(self, message: str) -> Any:
+        one_line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {one_line}\n")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """An argument a line; `--port 8598` may stand in one line, too."""
+        line = arg_line.strip()
+        if not line or line.startswith("#"):
+            return []
+        return line.split(None, 1) if line.startswith("-") else [line]
+
+
+def number_from(least: int, most: int) -> Callable[[str], int]:
+    """An argparse type: a decimal number in this range."""
+    def convert(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} to {most}")
+        return int(text)
+    return convert
+
+
+def guid_argument(text: str) -> bytes:
+    try:
+        return parse_guid(text)
+    except VscpError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not 16 hexadecimal bytes between colons") from None
+
+
+def address_argument(text: str) -> str:
+    address, _, zone = text.partition("%")
+    try:
+        if ipaddress.ip_address(address).version == 4 and zone:
+            raise ValueError
+        return text
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an IPv4 or IPv6 address") from None
+
+
+def interface_argument(text: str) -> str:
+    # IFNAMSIZ is 16 with the final zero; the kernel's dev_valid_name has the rest.
+    if text != ":virtual:" and not re.fullmatch(r"(?!\.\.?$)[!-.0-9;-~]{1,15}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not the name of an interface")
+    return text
+
+
+def login_argument(text: str) -> str:
+    # What a client can give: one word of a command line.
+    if not re.fullmatch("[!-~]{1,255}", text):
+        raise argparse.ArgumentTypeError("only printable ASCII characters without spaces")
+    return text
+
+
+def parse_arguments(arguments: list[str] | None) -> Options:
+    parser = Parser(prog="uvscpd.py", fromfile_prefix_chars="@",
+                    description="The micro VSCP daemon: TCP clients to one CAN bus.")
+    add = parser.add_argument
+    add("-v", "--version", action="version", version=f"uvscpd.py {__version__}")
+    add("-s", "--stay", action="store_true", help="stay in the foreground, messages on stderr")
+    add("-d", "--debug", action="store_true", help="tell every command, reply and event")
+    add("-c", "--canbus", metavar="NAME", type=interface_argument, default="can0",
+        help="SocketCAN interface (default %(default)s), or :virtual: for a bus inside the process")
+    add("-i", "--ip", metavar="ADDRESS", type=address_argument, default=None,
+        help="IPv4 or IPv6 address to listen on (default: all)")
+    add("-p", "--port", metavar="PORT", type=number_from(0, 65535), default=PORT,
+        help="TCP port (default %(default)s), 0 for any free one")
+    add("-U", "--user", metavar="NAME", type=login_argument, help="user name")
+    add("-P", "--password", metavar="PASSWORD", type=login_argument, help="password")
+    add("-g", "--guid", metavar="GUID", type=guid_argument, default=GUID_ZERO,
+        help="GUID, 16 bytes (default all zeros)")
+    add("--buffer", metavar="N", type=number_from(1, 1000000), default=1000,
+        help="events buffered for each client (default %(default)s)")
+    add("--max-clients", metavar="N", type=number_from(1, 10000), default=50,
+        help="clients at the same time (default %(default)s)")
+    add("--pidfile", metavar="FILE", default="", help="write the process id to FILE")
+    return parser.parse_args(arguments, namespace=Options())
+
+
+def listen(ip: str | None, port: int) -> socket.socket:
+    """A listening socket: for all addresses, IPv6 and IPv4, when none is given.
+
+    Raises OSError when that is not possible.
+    """
+    if not ip:
+        try:
+            return listen("::", port)
+        except OSError as error:
+            # EADDRNOTAVAIL: IPv6 is there, but switched off.
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+            return listen("0.0.0.0", port)
+    family, _, _, _, address = socket.getaddrinfo(
+        ip, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(address)
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def detach() -> int:
+    """Go on in a child with a session of its own; returns the descriptor for ready().
+
+    The parent waits for that, and then returns 0 to whoever started it; if the
+    child ends before, 1.
+    """
+    parent_end, child_end = os.pipe()
+    if os.fork():
+        os.close(child_end)
+        os._exit(0 if os.read(parent_end, 1) else 1)
+    os.close(parent_end)
+    os.setsid()
+    return child_end
+
+
+def ready(child_end: int) -> None:
+    """Let go of the terminal, and tell the waiting parent that clients can connect."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    if null > 2:
+        os.close(null)
+    syslog.openlog("uvscpd", syslog.LOG_PID, syslog.LOG_DAEMON)
+    log.detached = True
+    os.write(child_end, b"+")
+    os.close(child_end)
+
+
+def serve(options: Options) -> int:
+    """Listen, detach unless told to stay, serve; returns the exit status."""
+    try:
+        listener = listen(options.ip, options.port)
+    except OSError as error:
+        log.error(f"uvscpd.py: cannot listen on port {options.port}: {error.strerror}")
+        return 1
+    child_end = None if options.stay else detach()
+    bus = Bus(options.canbus) if options.canbus == ":virtual:" else SocketCan(options.canbus)
+    daemon = Daemon(options, listener, bus)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda _number, _frame: daemon.stop())
+    pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
+    try:
+        if pidfile:
+            with open(pidfile, "w", encoding="ascii") as file:
+                file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        log.error(f"uvscpd.py: cannot write {pidfile}: {error.strerror}")
+        return 1
+    try:
+        if child_end is not None:
+            ready(child_end)
+        host, port = listener.getsockname()[:2]
+        log.info(f"uvscpd.py {__version__}: listening on {host} port {port}, bus {bus.name}")
+        daemon.run()
+        log.info("stopped")
+    finally:
+        daemon.close()
+        if pidfile:
+            os.unlink(pidfile)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the daemon with these arguments, by default those of the process."""
+    options = parse_arguments(arguments)
+    log.debugging = options.debug
+    try:
+        return serve(options)
+    except Exception:
+        import traceback
+        log.error("a bug in uvscpd.py, it ends:\n" + traceback.format_exc())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
