@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import fnmatch
 import heapq
 import ipaddress
 import itertools
@@ -54,6 +55,17 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 __version__ = "1.0.0"
+
+
+def notify(text: str) -> None:
+    """Tell systemd about us (sd_notify(3)), when it has asked to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            try:
+                sock.sendto(text.encode(), address.replace("@", "\0", 1))
+            except OSError as error:
+                log.debug(f"{address}: {error.strerror}")
 
 
 class Log:
@@ -117,6 +129,10 @@ NOT_TEXT = bytes(b for b in range(256) if b != 0x0A and not 0x20 <= b <= 0x7E)
 CAPABILITIES = 1 << 15 | 1 << 5 | 1 << 3    # WCYD: TCP server, IPv4, several connections
 CAPABILITY_IPV6 = 1 << 6
 
+# Server discovery: CAN ids of class 0 type 27 and 28, and the bits that tell class and type.
+PROBE, PROBE_RESPONSE, PROBE_MASK = 27 << 8, 28 << 8, 0x01FFFF00
+MOST_ANSWERS = 10               # a second
+
 # SocketCAN, from linux/can.h, linux/can/raw.h and linux/can/error.h.
 EFF_FLAG = 0x80000000           # in the can_id: extended frame, 29-bit id
 RTR_FLAG = 0x40000000           # remote request
@@ -143,7 +159,7 @@ SO_TIMESTAMPNS_OLD = 35         # two C longs
 SO_TIMESTAMPNS_NEW = 64         # two 64-bit integers, whatever the word size (Linux 5.1)
 SO_RXQ_OVFL = 40
 MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
-SIOCGIFFLAGS = 0x8913
+SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFHWADDR = 0x8913, 0x8915, 0x8927
 IFF_UP = 0x1
 IFF_RUNNING = 0x40              # has a carrier; goes when a controller is bus off
 ANCILLARY_SIZE = 128            # bytes; a timestamp and a drop count need 56
@@ -160,6 +176,9 @@ BUSY_S = 0.004                  # ... which is when two wake-ups are closer than
 SEND_WAIT_S = 1.0               # a SEND waits this long for room in the transmit queue
 SEND_RETRY_S = 0.002
 BUS_CHECK_S = 0.5               # how often to look for an interface that is away
+LOGGED_IN = 15                  # the privilege of a client that has logged in
+WRONG_LOGIN_S = 0.5             # how long a wrong user or password waits for its answer
+MOST_WRONG_LOGINS = 5           # then the connection is closed
 LINGER_S = 2.0                  # to let a last reply arrive before closing
 PEER_GONE_S = 120               # keep-alive and unacknowledged data
 ACCEPT_PAUSE_S = 1.0            # after running out of descriptors
@@ -247,6 +266,15 @@ def format_guid(guid: bytes) -> str:
     return ":".join(f"{byte:X}" for byte in guid)
 
 
+def client_guid(base: bytes, channel_id: int) -> bytes:
+    """A client's GUID: 16 given bytes as they are, 12 with the channel id and two zeros.
+
+    >>> format_guid(client_guid(bytes([255] * 7 + [253, 10, 0, 0, 1]), 258))
+    'FF:FF:FF:FF:FF:FF:FF:FD:A:0:0:1:1:2:0:0'
+    """
+    return base if len(base) == 16 else base + channel_id.to_bytes(2, "big") + bytes(2)
+
+
 def parse_event_guid(text: str) -> bytes:
     """As parse_guid; an empty text or `-` is the GUID of all zeros."""
     return GUID_ZERO if text in ("", "-") else parse_guid(text)
@@ -258,8 +286,8 @@ def parse_event(text: str) -> Event:
     Raises VscpError when a field is missing, malformed or out of range. Newer
     clients give heads of 16 bits, of which CAN carries bits 7-4.
 
-    >>> parse_event("96,20,3,0,,0,-,0,1,0x23")
-    Event(head=96, vscp_class=20, vscp_type=3, guid=bytes(16), data=b'\\x00\\x01#')
+    >>> parse_event("96,20,3,0,,0,-,0,1,0x23")[:3]
+    (96, 20, 3)
     """
     fields = text.split(",")
     if len(fields) < 7:
@@ -333,7 +361,7 @@ def id_text(can_id: int) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=8)
-def date_text(seconds: int) -> str:
+def utc_text(seconds: int) -> str:
     """The UTC date and time, without a zone letter, of seconds since 1970."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
@@ -348,11 +376,12 @@ def format_event(frame: Frame) -> tuple[str, str]:
 
     >>> before, after = format_event(Frame(0x0C140305, bytes([0, 1, 35]), 1795390139810025, None))
     >>> before + format_guid(bytes(15)) + after
-    '96,20,3,0,2026-11-22T23:28:59,82083625,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n'
+    '96,20,3,0,2026-11-22T23:28:59,3615768809,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n'
     """
     before, nickname = id_text(frame.can_id)
+    obid = frame.sender.channel_id if frame.sender else 0
     time_us = frame.time_us
-    return (f"{before}0,{date_text(time_us // 1000000)},{time_us & 0xFFFFFFFF},",
+    return (f"{before}{obid},{utc_text(time_us // 1000000)},{time_us & 0xFFFFFFFF},",
             nickname + DATA_TEXT[len(frame.data)] % tuple(frame.data))
 
 
@@ -482,15 +511,20 @@ class LineSplitter:
 class Session:
     """The state of one connection, and what its commands do."""
 
-    def __init__(self, daemon: Daemon, name: str) -> None:
+    def __init__(self, daemon: Daemon, name: str, channel_id: int, now_us: int) -> None:
         self.daemon = daemon
-        self.name = name                    # who it is, for messages
-        self.guid = guid = daemon.options.guid
+        self.name = name                    # address and port, for messages
+        self.channel_id = channel_id
+        self.guid = client_guid(daemon.options.guid, channel_id)
+        self.started = utc_text(now_us // 1000000)
         self.filter = FILTER_ALL
         self.mask = FILTER_ALL
-        self.view = make_view(self.filter, self.mask, guid)
+        self.view = make_view(self.filter, self.mask, self.guid)
         self.rcvloop = False
         self.closing = False                # QUIT has been answered
+        self.proved: set[str] = set()       # of "user" and "password", what was right
+        self.failures = 0                   # how often it was not
+        self.delay_s = 0.0                  # hold the present reply back for so long
         self.previous = ""                  # the line that `+` runs again
         self.fifo: deque[str] = deque(maxlen=daemon.options.buffer)    # event lines
         self.fifo_overruns = 0
@@ -523,19 +557,34 @@ class Session:
         return run_command(self, self.previous)
 
     def do_user(self, name: str = "") -> str:
-        return self.check_login("user", name, self.daemon.options.user)
+        return self.log_in("user", name, "username")
 
     def do_pass(self, password: str = "") -> str:
-        return self.check_login("password", password, self.daemon.options.password)
+        return self.log_in("password", password, "password")
 
-    def check_login(self, what: str, given: str, configured: str | None) -> str:
-        if not configured:
+    def log_in(self, what: str, given: str, missing: str) -> str:
+        logins = self.daemon.options.logins
+        if what not in logins:
             return ok(text=f"no {what} configured")
         if not given:
-            raise VscpError("please supply " + ("username" if what == "user" else what))
-        if given != configured:
-            raise VscpError(f"invalid {what}")
-        return ok()
+            raise VscpError(f"please supply {missing}")
+        from hmac import compare_digest     # slow to import, and rarely needed
+        if compare_digest(given, logins[what]):
+            self.proved.add(what)
+            if self.privilege() == LOGGED_IN:
+                log.info(f"{self.name}: logged in")
+            return ok()
+        self.proved.clear()
+        self.failures += 1
+        self.delay_s = WRONG_LOGIN_S
+        self.closing = self.failures >= MOST_WRONG_LOGINS
+        log.warning(f"{self.name}: wrong {what}")
+        raise VscpError(f"invalid {what}")
+
+    def privilege(self) -> int:
+        """What this client may do, 0-15, as in the command table."""
+        options = self.daemon.options
+        return LOGGED_IN if options.logins and self.proved == set(options.logins) else options.guest
 
     def do_help(self, name: str = "") -> str:
         rows = [find_command(name)] if name else COMMANDS
@@ -582,7 +631,7 @@ class Session:
         return ok(f'{state.status},{state.code},{state.subcode},"{state.text}"')
 
     def do_chid(self) -> str:
-        return ok("0")
+        return ok(str(self.channel_id))
 
     def do_ggid(self) -> str:
         return ok(format_guid(self.guid))
@@ -716,6 +765,8 @@ def run_command(session: Session, line: str) -> str:
         if name != "+":
             session.previous = line
         command = find_command(name)
+        if session.privilege() < command.privilege:
+            raise VscpError("Need to log in to perform this command.")
         if not command.least <= len(arguments) <= command.most:
             raise VscpError("wrong number of arguments")
         return command.handler(session, *arguments)
@@ -866,11 +917,12 @@ class SocketCan(Bus):
         sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, 1)
         sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER,
                         ERR_TX_TIMEOUT | ERR_CRTL | ERR_ACK | ERR_BUSOFF | ERR_RESTARTED)
-        # Each of these is better than nothing, and nothing will do.
-        for options in ((SO_RCVBUFFORCE, socket.SO_RCVBUF), TIMESTAMP, (SO_RXQ_OVFL,)):
-            for option in options:
+        # Of each row the first that the kernel grants; none will do, too.
+        for options in ({SO_RCVBUFFORCE: RECEIVE_BUFFER, socket.SO_RCVBUF: RECEIVE_BUFFER},
+                        {SO_TIMESTAMPNS_NEW: 1, SO_TIMESTAMPNS_OLD: 1},
+                        {SO_RXQ_OVFL: 1}):
+            for option, value in options.items():
                 try:
-                    value = RECEIVE_BUFFER if option in (SO_RCVBUFFORCE, socket.SO_RCVBUF) else 1
                     sock.setsockopt(socket.SOL_SOCKET, option, value)
                     break
                 except OSError as error:
@@ -939,7 +991,8 @@ class SocketCan(Bus):
             log.info(f"{self.name}: the bus is back, was: {old.text}")
             return
         self.own.doubt()
-        log.warning(f"{self.name}: {self.trouble()}")
+        where = "" if state.status == AWAY else f"{self.name}: "
+        log.warning(where + self.trouble())
 
     # --- frames ---
 
@@ -997,15 +1050,19 @@ class SocketCan(Bus):
                     self.on_error_frame(can_id, data[1])
                     continue
                 can_id, data = can_id & EFF_MASK, data[:length]
-                sender = None
-                if flags & MSG_CONFIRM:
-                    sender = self.own.claim(can_id, data)
+                sender = self.on_sent(can_id, data) if flags & MSG_CONFIRM else None
                 frames.append(Frame(can_id, data, time_us or time.time_ns() // 1000, sender))
         except BlockingIOError:
             pass                # the kernel has no more
         except OSError as error:
             self.on_away(error.errno or errno.EIO)
         return frames
+
+    def on_sent(self, can_id: int, data: bytes) -> Session | None:
+        """A frame of ours has really gone out; returns who sent it."""
+        if self.state.status == WARNING and self.state.code & (ERR_ACK | ERR_TX_TIMEOUT):
+            self.set_state(BUS_WELL)
+        return self.own.claim(can_id, data)
 
     # --- errors on the bus ---
 
@@ -1029,22 +1086,22 @@ class SocketCan(Bus):
             self.on_controller(code, controller)
         else:
             text = "nobody acknowledges" if code & ERR_ACK else "transmit timeout"
-            self.on_warning(BusState(WARNING, code, controller, text, "wiring, bit rate, other nodes"))
+            self.on_warning(WARNING, code, controller, text)
 
     def on_controller(self, code: int, controller: int) -> None:
         if controller & CRTL_RX_OVERFLOW:
             self.overruns += 1
         if controller & CRTL_PASSIVE:
-            self.on_warning(BusState(PASSIVE, code, controller, "error passive", "wiring, bit rate"))
+            self.on_warning(PASSIVE, code, controller, "error passive")
         elif controller & CRTL_WARNING:
-            self.on_warning(BusState(WARNING, code, controller, "error warning", "wiring, bit rate"))
+            self.on_warning(WARNING, code, controller, "error warning")
         elif controller & CRTL_ACTIVE:
             self.set_state(BUS_WELL)
 
-    def on_warning(self, state: BusState) -> None:
-        if state.text != self.state.text:
+    def on_warning(self, status: int, code: int, controller: int, text: str) -> None:
+        if text != self.state.text:
             self.warnings += 1
-        self.set_state(state)
+        self.set_state(BusState(status, code, controller, text, "wiring, bit rate, other nodes"))
 
 
 # =============================================================================
@@ -1082,6 +1139,7 @@ class Client:
         self.sign_of_life_at = 0.0
         self.deadline: float | None = None   # until when the first line waits for room
         self.work_due = False               # a timer will call work
+        self.paused = False                 # a reply is held back
         self.dirty = False                  # to be flushed at the end of this turn
         self.leaving = False                # only a last reply is still to arrive
         self.ended = False                  # the peer sends no more
@@ -1136,12 +1194,17 @@ class Client:
         self.work_due = False
         replies: list[str] = []
         for _ in range(LINES_A_TURN):
-            if not self.lines or self.leaving or self.stuck():
+            if not self.lines or self.leaving or self.held_up():
                 break
             reply = self.run_line(self.lines[0])
             if reply is None:
                 break
             self.lines.popleft()
+            if self.session.delay_s:
+                self.paused = True
+                self.later(self.session.delay_s, self.resume, reply)
+                self.session.delay_s = 0
+                break
             if self.session.rcvloop and not self.streaming:
                 # A real client loses events that arrive together with this +OK,
                 # so it is a write of its own, and they follow in the next turn.
@@ -1153,20 +1216,28 @@ class Client:
             replies.append(reply)
         self.streaming = self.streaming and self.session.rcvloop
         self.write("".join(replies))
-        if self.session.closing:
+        if self.session.closing and not self.paused:
             self.leave()
         elif self.deadline is None:
             self.work_on()
 
     def work_on(self) -> None:
         """Run what is left in the next turn."""
-        if self.lines and not self.work_due and not self.stuck():
+        if self.lines and not self.work_due and not self.held_up():
             self.work_due = True
             self.later(0, self.work)
 
-    def stuck(self) -> bool:
-        """Whether replies must be read first; a SEND that waits for room is not held up."""
-        return bool(self.interest & selectors.EVENT_WRITE) and self.deadline is None
+    def held_up(self) -> bool:
+        """Whether replies must go out before more lines run; a SEND under way goes on."""
+        return self.paused or bool(self.interest & selectors.EVENT_WRITE) and self.deadline is None
+
+    def resume(self, reply: str) -> None:
+        """Give a reply that was held back."""
+        self.paused = False
+        self.write(reply)
+        if self.session.closing:
+            self.leave()
+        self.work_on()
 
     def run_line(self, line: str) -> str | None:
         """The reply to a line, None while it has to wait for room on the bus."""
@@ -1308,7 +1379,8 @@ class Daemon:
     def __init__(self, options: Options, listener: socket.socket, bus: Bus) -> None:
         self.options = options
         self.bus = bus
-        self.started = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
+        self.started = utc_text(int(time.time()))
+        self.answers: deque[float] = deque(maxlen=MOST_ANSWERS)     # when probes were answered
         self.capabilities = CAPABILITIES
         if listener.family == socket.AF_INET6:
             self.capabilities |= CAPABILITY_IPV6
@@ -1319,6 +1391,8 @@ class Daemon:
         self.senders: deque[Client] = deque()   # wait for room in the transmit queue
         self.timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.timer_numbers = itertools.count()  # equal times run in the order they were set
+        self.last_id = 0
+        self.status = ""                        # what systemd was told
         self.stopping = False
         self.gathering = False                  # under load: the bus is polled, not watched
         self.last_wake = 0.0
@@ -1336,10 +1410,17 @@ class Daemon:
     def run(self) -> None:
         """Serve until stop is called."""
         signal.set_wakeup_fd(self.wake_up_end.fileno())
+        notify("READY=1")
+        if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            watchdog_us = int(os.environ.get("WATCHDOG_USEC", "0"))
+            if watchdog_us:
+                self.feed_watchdog(watchdog_us / 2000000)
         self.check_bus()
         while not self.stopping:
             timeout = None
-            if self.timers:
+            if self.bus.frames:
+                timeout = 0.0
+            elif self.timers:
                 timeout = max(0.0, self.timers[0][0] - time.monotonic())
             ready = self.selector.select(timeout)
             # A timer set in this turn runs in the next one.
@@ -1358,6 +1439,7 @@ class Daemon:
 
     def close(self) -> None:
         """End every connection."""
+        notify("STOPPING=1")
         signal.set_wakeup_fd(-1)
         for client in self.clients | self.leaving:
             client.sock.close()
@@ -1390,10 +1472,19 @@ class Daemon:
     # --- from the bus to the clients ---
 
     def check_bus(self) -> None:
-        """Twice a second: bring back a bus that was away."""
+        """Twice a second: bring back a bus that was away, tell systemd how we are."""
         self.bus.check()
         self.watch_bus()
+        status = f"STATUS={self.bus.name}: {self.bus.state.text}, {len(self.clients)} clients"
+        if status != self.status:
+            self.status = status
+            notify(status)
         self.call_later(BUS_CHECK_S, self.check_bus)
+
+    def feed_watchdog(self, period_s: float) -> None:
+        """Tell systemd that the loop goes round."""
+        notify("WATCHDOG=1")
+        self.call_later(period_s, self.feed_watchdog, period_s)
 
     def watch_bus(self) -> None:
         """Have the selector watch the bus's present socket, but not while frames gather."""
@@ -1438,6 +1529,10 @@ class Daemon:
     def pump(self, limit: int) -> int:
         """Take frames from the bus and hand them to the clients; returns how many."""
         frames = self.bus.receive(limit)
+        if self.options.answer_probes:
+            for frame in frames:
+                if frame.can_id & PROBE_MASK == PROBE:
+                    self.answer(frame)
         if log.debugging:
             for frame in frames:
                 log.debug(self.describe(frame))
@@ -1475,6 +1570,36 @@ class Daemon:
         return (f"{origin} > class {can_id >> 16 & 0x1FF} type {can_id >> 8 & 0xFF} "
                 f"nickname {can_id & 0xFF} data {frame.data.hex()}")
 
+    def answer(self, probe: Frame) -> None:
+        """Tell a node that looks for a server where this one is.
+
+        High end server probe and response, class 0 types 27 and 28 (VSCP
+        specification, Level I protocol): the probe may give 0 for TCP/IP and the
+        node's IPv4 address; the response is 16 capability bits, our IPv4 address
+        as the node reaches it, and the port.
+        """
+        now = time.monotonic()
+        address = self.address_for(probe.data)
+        if address is None or len(self.answers) == MOST_ANSWERS and now - self.answers[0] < 1:
+            return
+        self.answers.append(now)
+        data = struct.pack(">H4sH", self.capabilities & 0xFFFF, socket.inet_aton(address),
+                           self.listener.getsockname()[1])
+        try:
+            self.bus.send(probe.can_id & 0x1C000000 | PROBE_RESPONSE, data, None)
+        except BusError as error:
+            log.debug(f"no answer to a probe: {error}")
+
+    def address_for(self, data: bytes) -> str | None:
+        """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
+        bound = ipaddress.ip_address(self.listener.getsockname()[0].partition("%")[0])
+        if not bound.is_unspecified:
+            return str(bound) if bound.version == 4 else None
+        if data and data[0] != 0:
+            return None         # it does not speak TCP/IP
+        node = socket.inet_ntoa(data[1:5]) if len(data) >= 5 else "192.0.2.1"
+        return address_towards(node)
+
     # --- from the clients to the bus ---
 
     def wait_for_room(self, client: Client) -> None:
@@ -1507,6 +1632,7 @@ class Daemon:
             self.on_accept_error(error)
             return
         host = address[0][7:] if address[0].startswith("::ffff:") else address[0]
+        host = host.partition("%")[0]
         name = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
         try:
             sock.setblocking(False)
@@ -1517,12 +1643,32 @@ class Daemon:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PEER_GONE_S // 8)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_GONE_S * 1000)
-            client = Client(self, sock, Session(self, name))
+            session = Session(self, name, self.next_channel_id(), int(time.time() * 1000000))
+            client = Client(self, sock, session)
         except OSError as error:
             log.debug(f"{name}: {error.strerror}")
             sock.close()
             return
-        self.greet(client)
+        if not self.allowed(host):
+            self.refuse(client, "Invalid or unknown peer.")
+        elif len(self.clients) >= self.options.max_clients:
+            self.refuse(client, "Max number of clients connected.")
+        else:
+            self.greet(client)
+
+    def allowed(self, host: str) -> bool:
+        """Whether an address may connect."""
+        address = ipaddress.ip_address(host)
+        patterns = self.options.allow
+        return not patterns or any(
+            fnmatch.fnmatchcase(str(address), pattern) if isinstance(pattern, str)
+            else address in pattern for pattern in patterns)
+
+    def refuse(self, client: Client, reason: str) -> None:
+        """Say why, and close."""
+        log.warning(f"{client.session.name}: refused: {reason}")
+        client.write(refusal(reason))
+        client.leave()
 
     def on_accept_error(self, error: OSError) -> None:
         """Out of descriptors or memory: no more connections for a moment."""
@@ -1532,11 +1678,6 @@ class Daemon:
                         self.on_connection)
 
     def greet(self, client: Client) -> None:
-        if len(self.clients) >= self.options.max_clients:
-            log.warning(f"{client.session.name}: refused, {len(self.clients)} clients are connected")
-            client.write(refusal("Max number of clients connected."))
-            client.leave()
-            return
         log.info(f"{client.session.name}: connected")
         self.take_in()              # what came before is not for this client
         self.clients.add(client)
@@ -1553,7 +1694,8 @@ class Daemon:
         self.views = {}
         for client in self.clients:
             self.views.setdefault(client.session.view, []).append(client)
-        self.bus.set_filters((view.value, view.mask) for view in self.views)
+        wanted = [(view.value, view.mask) for view in self.views]
+        self.bus.set_filters(wanted + [(PROBE, PROBE_MASK)] * self.options.answer_probes)
 
     def on_leaving(self, client: Client) -> None:
         """The client's slot is free, though its connection is not closed yet."""
@@ -1578,10 +1720,23 @@ class Daemon:
             self.views_changed()
         log.info(f"{client.session.name}: disconnected" + (f": {reason}" if reason else ""))
 
+    def next_channel_id(self) -> int:
+        """A channel id that no client has, as long unused as possible; 0 without ids."""
+        if len(self.options.guid) == 16:
+            return 0
+        taken = {client.session.channel_id for client in self.clients}
+        self.last_id = next(number % 0xFFFF + 1 for number in itertools.count(self.last_id)
+                            if number % 0xFFFF + 1 not in taken)
+        return self.last_id
+
     def interfaces(self, session: Session) -> list[str]:
-        """The lines of INTERFACE LIST: number, type, GUID and name."""
-        guid = format_guid(session.guid)
-        return [f"0,1,{guid},{self.bus.name}|Started {self.started}"]
+        """The lines of INTERFACE LIST: number, type, GUID and name; with ids, each client, too."""
+        lines = [f"0,1,{format_guid(session.guid)},{self.bus.name}|Started {self.started}"]
+        for each in sorted((client.session for client in self.clients), key=lambda s: s.channel_id):
+            if each.channel_id:
+                lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
+                             f"{each.name}|Started {each.started}")
+        return lines
 
 
 # =============================================================================
@@ -1597,10 +1752,14 @@ class Options(argparse.Namespace):
     debug: bool
     user: str | None
     password: str | None
+    logins: dict[str, str]          # those of "user" and "password" that are given
+    guest: int
+    allow: list[ipaddress.IPv4Network | ipaddress.IPv6Network | str]
     canbus: str
     ip: str | None
     port: int
-    guid: bytes
+    guid: bytes                     # 16 bytes, or the first 12
+    answer_probes: bool
     buffer: int
     max_clients: int
     pidfile: str
@@ -1631,11 +1790,48 @@ def number_from(least: int, most: int) -> Callable[[str], int]:
 
 
 def guid_argument(text: str) -> bytes:
+    """The 16 bytes of a GUID, or the first 12, to which each client's id is added.
+
+    `mac` and `ip` are the VSCP daemon's: FF FF FF FF FF FF FF FE and the upper four
+    bytes of the Ethernet address, FF FF FF FF FF FF FF FD and the IPv4 address.
+    """
     try:
+        if text in ("mac", "ip"):
+            return own_guid(text)
+        if text.count(":") == 11:
+            return parse_guid(text + ":0:0:0:0")[:12]
         return parse_guid(text)
     except VscpError:
         raise argparse.ArgumentTypeError(
-            f"'{text}' is not 16 hexadecimal bytes between colons") from None
+            f"'{text}' is not 16 or 12 hexadecimal bytes between colons, mac or ip") from None
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"no interface with an address for '{text}'") from None
+
+
+def own_guid(kind: str) -> bytes:
+    """12 bytes of a GUID from the `mac` or the `ip` address; raises LookupError without one."""
+    for name in network_interfaces():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            request = struct.pack("16s24x", name.encode())
+            number = SIOCGIFHWADDR if kind == "mac" else SIOCGIFADDR
+            try:
+                answer = fcntl.ioctl(sock, number, request)
+            except OSError:
+                continue        # it has no IPv4 address
+        if kind == "ip":
+            return bytes([255] * 7 + [0xFD]) + answer[20:24]
+        # struct sockaddr: family (1: Ethernet), address
+        if struct.unpack_from("=H", answer, 16)[0] == 1 and any(answer[18:24]):
+            return bytes([255] * 7 + [0xFE]) + answer[18:22]
+    raise LookupError(kind)
+
+
+def network_interfaces() -> list[str]:
+    """Interfaces but for the loopback, the one with the default route first."""
+    with open("/proc/net/route", encoding="ascii") as file:
+        routes = [line.split() for line in file]
+    default = [route[0] for route in routes if route[1] == "00000000"]
+    return default + [name for _, name in socket.if_nameindex() if name != "lo"]
 
 
 def address_argument(text: str) -> str:
@@ -1662,29 +1858,79 @@ def login_argument(text: str) -> str:
     return text
 
 
+def pattern_argument(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str:
+    """A network, or a lower-case pattern where `*` stands for anything."""
+    part = r"(\*|[0-9]{1,3})" if "." in text else r"(\*|[0-9a-f]{0,4})"
+    if "*" in text and re.fullmatch(rf"{part}([.:]{part}){{0,8}}", text.lower()):
+        return text.lower()
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not an address, network or pattern") from None
+
+
 def parse_arguments(arguments: list[str] | None) -> Options:
-    parser = Parser(prog="uvscpd.py", fromfile_prefix_chars="@",
-                    description="The micro VSCP daemon: TCP clients to one CAN bus.")
-    add = parser.add_argument
-    add("-v", "--version", action="version", version=f"uvscpd.py {__version__}")
-    add("-s", "--stay", action="store_true", help="stay in the foreground, messages on stderr")
-    add("-d", "--debug", action="store_true", help="tell every command, reply and event")
+    parser = Parser(
+        prog="uvscpd.py", fromfile_prefix_chars="@",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The micro VSCP daemon: TCP clients to one CAN bus.",
+        epilog="""examples:
+  uvscpd.py -s -c :virtual:             try it: no hardware, no kernel support
+  uvscpd.py -s -d -c can0               at the bench: see every command and event
+  uvscpd.py -c can0 --pidfile /run/uvscpd.pid @/etc/uvscpd.conf
+                                        in the background, more options in a file
+
+An argument @FILE stands for the arguments in FILE, one a line. README.md tells the rest.""")
+    parser.add_argument("-v", "--version", action="version", version=f"uvscpd.py {__version__}")
+
+    add = parser.add_argument_group("bus").add_argument
     add("-c", "--canbus", metavar="NAME", type=interface_argument, default="can0",
         help="SocketCAN interface (default %(default)s), or :virtual: for a bus inside the process")
+    add("-g", "--guid", metavar="GUID", type=guid_argument, default=GUID_ZERO,
+        help="GUID of every client, 16 bytes (default all zeros); 12 bytes, mac or ip: "
+             "each client has an id and a GUID of its own")
+    add("--answer-probes", action="store_true", help="answer nodes that look for a server")
+    add("--buffer", metavar="N", type=number_from(1, 1000000), default=1000,
+        help="events buffered for each client (default %(default)s)")
+
+    add = parser.add_argument_group("network").add_argument
     add("-i", "--ip", metavar="ADDRESS", type=address_argument, default=None,
         help="IPv4 or IPv6 address to listen on (default: all)")
     add("-p", "--port", metavar="PORT", type=number_from(0, 65535), default=PORT,
         help="TCP port (default %(default)s), 0 for any free one")
-    add("-U", "--user", metavar="NAME", type=login_argument, help="user name")
-    add("-P", "--password", metavar="PASSWORD", type=login_argument, help="password")
-    add("-g", "--guid", metavar="GUID", type=guid_argument, default=GUID_ZERO,
-        help="GUID, 16 bytes (default all zeros)")
-    add("--buffer", metavar="N", type=number_from(1, 1000000), default=1000,
-        help="events buffered for each client (default %(default)s)")
     add("--max-clients", metavar="N", type=number_from(1, 10000), default=50,
         help="clients at the same time (default %(default)s)")
+
+    add = parser.add_argument_group("access").add_argument
+    add("-U", "--user", metavar="NAME", type=login_argument, help="user name")
+    add("-P", "--password", metavar="PASSWORD", type=login_argument, help="password")
+    add("--guest", metavar="LEVEL", type=number_from(0, 15), default=15,
+        help="privilege of clients that have not logged in, 0-15 (default %(default)s)")
+    add("--allow", metavar="PATTERN", type=pattern_argument, action="append", default=[],
+        help="addresses that may connect, may be repeated: 192.168.1.8, 192.168.1.* or "
+             "192.168.1.0/24 (default: all)")
+
+    add = parser.add_argument_group("running").add_argument
+    add("-s", "--stay", action="store_true",
+        help="stay in the foreground, messages on stderr (default: detach, messages to syslog)")
+    add("-d", "--debug", action="store_true", help="tell every command, reply and event")
     add("--pidfile", metavar="FILE", default="", help="write the process id to FILE")
-    return parser.parse_args(arguments, namespace=Options())
+    options = parser.parse_args(arguments, namespace=Options())
+    logins = {"user": options.user, "password": options.password}
+    options.logins = {what: value for what, value in logins.items() if value}
+    return options
+
+
+def address_towards(peer: str) -> str | None:
+    """Our IPv4 address on the way to another one; None without a way. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((peer, PORT))
+        except OSError:
+            return None
+        address: str = sock.getsockname()[0]
+        return address
 
 
 def listen(ip: str | None, port: int) -> socket.socket:
