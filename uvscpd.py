@@ -179,8 +179,9 @@ BUS_CHECK_S = 0.5               # how often to look for an interface that is awa
 LOGGED_IN = 15                  # the privilege of a client that has logged in
 WRONG_LOGIN_S = 0.5             # how long a wrong user or password waits for its answer
 MOST_WRONG_LOGINS = 5           # then the connection is closed
-LINGER_S = 2.0                  # to let a last reply arrive before closing
+LINGER_S = 5.0                  # to let a last reply arrive before closing
 PEER_GONE_S = 120               # keep-alive and unacknowledged data
+MOST_LEAVING = 100              # connections that linger at the same time
 ACCEPT_PAUSE_S = 1.0            # after running out of descriptors
 
 
@@ -603,7 +604,7 @@ class Session:
             raise VscpError("interface knows only LIST")
         return ok(*self.daemon.interfaces(self))
 
-    def do_restart(self) -> str:
+    def do_restart(self, *_arguments: str) -> str:
         raise VscpError("uvscpd is not capable of restart/shutdown")
 
     def do_unsupported(self, *_arguments: str) -> str:
@@ -825,8 +826,11 @@ class Bus:
         """Up to `limit` frames that have come, oldest first."""
         return [self.frames.popleft() for _ in range(min(limit, len(self.frames)))]
 
-    def set_filters(self, wanted: Iterable[tuple[int, int]]) -> None:
-        """Let only frames through that match one of the pairs of value and mask."""
+    def set_filters(self, wanted: list[tuple[int, int]], own: bool) -> None:
+        """Let only frames through that match one of the pairs of value and mask.
+
+        `own` says whether anybody wants to get back what was sent here.
+        """
 
     def check(self) -> None:
         """Look after an interface that is away."""
@@ -882,7 +886,8 @@ class SocketCan(Bus):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.own = OwnFrames()
-        self.wanted: list[tuple[int, int]] = []
+        self.wanted: list[tuple[int, int]] = []     # what set_filters was given
+        self.own_wanted = False
         self.dropped = 0            # the kernel's running total for this socket
         self.open()
 
@@ -908,13 +913,12 @@ class SocketCan(Bus):
         self.sock = sock
         self.dropped = 0
         self.own.doubt()
-        self.set_filters(self.wanted)
+        self.set_filters(self.wanted, self.own_wanted)
         self.look_up()
 
     def set_options(self, sock: socket.socket) -> None:
         """Set what does not depend on the clients."""
         sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
-        sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, 1)
         sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER,
                         ERR_TX_TIMEOUT | ERR_CRTL | ERR_ACK | ERR_BUSOFF | ERR_RESTARTED)
         # Of each row the first that the kernel grants; none will do, too.
@@ -996,19 +1000,15 @@ class SocketCan(Bus):
 
     # --- frames ---
 
-    def set_filters(self, wanted: Iterable[tuple[int, int]]) -> None:
-        self.wanted = list(wanted)
+    def set_filters(self, wanted: list[tuple[int, int]], own: bool) -> None:
+        self.wanted, self.own_wanted = wanted, own
         if self.sock is None:
             return
         try:
-            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
-                                 pack_filters(self.wanted))
+            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, pack_filters(wanted))
+            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, own)
         except OSError as error:            # the interface goes at this very moment
             self.on_away(error.errno or errno.EIO)
-
-    def passes(self, can_id: int) -> bool:
-        """Whether the kernel's filter lets a frame through."""
-        return any(can_id & mask == value for value, mask in self.wanted)
 
     def send(self, can_id: int, data: bytes, sender: Session | None) -> None:
         if self.sock is None:
@@ -1024,7 +1024,8 @@ class SocketCan(Bus):
                               "bus off, or too much traffic") from None
             self.on_away(error.errno or errno.EIO)
             raise BusError(self.trouble()) from None
-        self.own.add(can_id, data, sender, self.passes(can_id))
+        comes_back = self.own_wanted and any(can_id & mask == value for value, mask in self.wanted)
+        self.own.add(can_id, data, sender, comes_back)
 
     def trouble(self) -> str:
         """What is wrong with the bus and what helps, for a person."""
@@ -1114,11 +1115,12 @@ class SocketCan(Bus):
 def split_lines(block: bytes, limit: int) -> list[bytes]:
     """The block cut behind line ends into pieces of at most `limit` bytes, if lines allow."""
     pieces = []
-    while len(block) > limit:
-        cut = block.rfind(b"\n", 0, limit) + 1 or block.find(b"\n") + 1
-        pieces.append(block[:cut])
-        block = block[cut:]
-    return pieces + [block] if block else pieces
+    start = 0
+    while len(block) - start > limit:
+        end = block.rfind(b"\n", start, start + limit) + 1 or block.find(b"\n", start) + 1
+        pieces.append(block[start:end])
+        start = end
+    return pieces + [block[start:]] if start < len(block) else pieces
 
 
 class Client:
@@ -1194,7 +1196,7 @@ class Client:
         self.work_due = False
         replies: list[str] = []
         for _ in range(LINES_A_TURN):
-            if not self.lines or self.leaving or self.held_up():
+            if not self.lines or self.session.closing or self.held_up():
                 break
             reply = self.run_line(self.lines[0])
             if reply is None:
@@ -1376,7 +1378,7 @@ def hide_password(line: str) -> str:
 class Daemon:
     """Everything that runs: the bus, the listening socket, the clients."""
 
-    def __init__(self, options: Options, listener: socket.socket, bus: Bus) -> None:
+    def __init__(self, options: argparse.Namespace, listener: socket.socket, bus: Bus) -> None:
         self.options = options
         self.bus = bus
         self.started = utc_text(int(time.time()))
@@ -1695,11 +1697,15 @@ class Daemon:
         for client in self.clients:
             self.views.setdefault(client.session.view, []).append(client)
         wanted = [(view.value, view.mask) for view in self.views]
-        self.bus.set_filters(wanted + [(PROBE, PROBE_MASK)] * self.options.answer_probes)
+        if self.options.answer_probes:
+            wanted.append((PROBE, PROBE_MASK))
+        self.bus.set_filters(wanted, len(self.clients) > 1 or self.options.answer_probes)
 
     def on_leaving(self, client: Client) -> None:
         """The client's slot is free, though its connection is not closed yet."""
         self.leaving.add(client)
+        if len(self.leaving) > MOST_LEAVING:
+            self.drop(client, "too many are leaving")
         if client in self.clients:
             self.clients.remove(client)
             self.views_changed()
@@ -1744,26 +1750,6 @@ class Daemon:
 # =============================================================================
 # Checks all that can be checked before anything starts. A wrong value is one
 # line on stderr and exit status 2; what the system refuses is exit status 1.
-
-class Options(argparse.Namespace):
-    """What the command line says."""
-
-    stay: bool
-    debug: bool
-    user: str | None
-    password: str | None
-    logins: dict[str, str]          # those of "user" and "password" that are given
-    guest: int
-    allow: list[ipaddress.IPv4Network | ipaddress.IPv6Network | str]
-    canbus: str
-    ip: str | None
-    port: int
-    guid: bytes                     # 16 bytes, or the first 12
-    answer_probes: bool
-    buffer: int
-    max_clients: int
-    pidfile: str
-
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line and friendlier argument files."""
@@ -1870,7 +1856,7 @@ def pattern_argument(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network
             f"'{text}' is not an address, network or pattern") from None
 
 
-def parse_arguments(arguments: list[str] | None) -> Options:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="uvscpd.py", fromfile_prefix_chars="@",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1916,7 +1902,7 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
         help="stay in the foreground, messages on stderr (default: detach, messages to syslog)")
     add("-d", "--debug", action="store_true", help="tell every command, reply and event")
     add("--pidfile", metavar="FILE", default="", help="write the process id to FILE")
-    options = parser.parse_args(arguments, namespace=Options())
+    options = parser.parse_args(arguments)
     logins = {"user": options.user, "password": options.password}
     options.logins = {what: value for what, value in logins.items() if value}
     return options
@@ -1991,7 +1977,7 @@ def ready(child_end: int) -> None:
     os.close(child_end)
 
 
-def serve(options: Options) -> int:
+def serve(options: argparse.Namespace) -> int:
     """Listen, detach unless told to stay, serve; returns the exit status."""
     try:
         listener = listen(options.ip, options.port)
