@@ -1407,6 +1407,7 @@ class Daemon:
         self.views: dict[View, list[Client]] = {}
         self.dirty: list[Client] = []           # to be flushed at the end of this turn
         self.senders: deque[Client] = deque()   # wait for room in the transmit queue
+        self.retry_due = False                  # a timer will call retry_senders
         self.timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.timer_numbers = itertools.count()  # equal times run in the order they were set
         self.last_id = 0
@@ -1609,12 +1610,12 @@ class Daemon:
 
     def wait_for_room(self, client: Client) -> None:
         """The client's first line is a SEND for which the transmit queue has no room."""
-        if not self.senders:
-            self.call_later(SEND_RETRY_S, self.retry_senders)
         self.senders.append(client)
+        self.retry_later()
 
     def retry_senders(self) -> None:
         """Let those that wait try again, in turn, as long as there is room."""
+        self.retry_due = False
         while self.senders:
             client = self.senders[0]
             deadline = client.deadline
@@ -1623,7 +1624,11 @@ class Daemon:
                 break               # no room yet; it keeps its place
             if self.senders and self.senders[0] is client:
                 self.senders.popleft()
-        if self.senders:
+        self.retry_later()
+
+    def retry_later(self) -> None:
+        if self.senders and not self.retry_due:
+            self.retry_due = True
             self.call_later(SEND_RETRY_S, self.retry_senders)
 
     # --- clients ---
@@ -1677,6 +1682,9 @@ class Daemon:
 
     def on_accept_error(self, error: OSError) -> None:
         """Out of descriptors or memory: no more connections for a moment."""
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            log.debug(f"a connection was gone before it was accepted: {error.strerror}")
+            return
         log.warning(f"cannot accept a connection: {error.strerror}")
         self.watch(self.listener, selectors.EVENT_READ, 0, self.on_connection)
         self.call_later(ACCEPT_PAUSE_S, self.watch, self.listener, 0, selectors.EVENT_READ,
@@ -2009,13 +2017,14 @@ def serve(options: argparse.Namespace) -> int:
         log.info("stopped")
     finally:
         daemon.close()
-        if pidfile:
+        if pidfile and os.path.exists(pidfile):
             os.unlink(pidfile)
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the daemon with these arguments, by default those of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until there is a daemon to stop
     options = parse_arguments(arguments)
     log.debugging = options.debug
     try:
