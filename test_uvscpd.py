@@ -1,0 +1,1271 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Tests of uvscpd.py through its public faces: functions, TCP, the command line.
+
+    python3 test_uvscpd.py                          all tests, on the virtual bus
+    python3 test_uvscpd.py CommandTest              one class, or Class.test
+    UVSCPD_TEST_CAN=vcan0 python3 test_uvscpd.py    all tests, on a SocketCAN interface
+
+Most tests of the protocol are transcripts of what clients A, B ... send and get:
+
+    A> rcvloop ; chid               | 0 | +OK
+    B> send 96,20,3,0,,0,::5,0,1,35
+    A< 96,20,3,0,*,#,::5,0,1,35
+
+    >  commands, and behind each `|` a line of the last one's reply; the others, and
+       this one if there is no `|`, are answered `+OK`
+    <  other lines to get
+    =  wait until so many events are buffered for this client
+
+`*` stands for a date and time, `#` for a timestamp, `...` for any text, `::5` for a
+GUID that ends with 5 after zeros, `$` for a line's end with a space before it, and
+`(closed)` for the end of the connection. What one client sends without a blank line
+between goes in one packet. Each transcript is run in four ways (DaemonTestCase.play).
+
+The sections are those of uvscpd.py, in its order.
+"""
+
+# =============================================================================
+# 2. Imports, tools
+# =============================================================================
+# A daemon, its clients, transcripts. Nothing here waits by sleeping, and time
+# limits are only for what would otherwise never end.
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import errno
+import io
+import os
+import random
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from calendar import timegm
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import uvscpd
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, "uvscpd.py")
+CAN = os.environ.get("UVSCPD_TEST_CAN", "")
+BUS = CAN or ":virtual:"
+TIMEOUT = 30                    # seconds; reached only when something is broken
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
+
+needs_can = unittest.skipUnless(CAN, "UVSCPD_TEST_CAN is not set")
+
+
+def ipv6_works() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+def run(*arguments: str, **popen: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments until it ends."""
+    return subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, env=ENVIRONMENT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          timeout=TIMEOUT, **popen)
+
+
+class DaemonProcess:
+    """uvscpd.py in the foreground, on a port that it chooses itself."""
+
+    def __init__(self, *arguments: str, program: tuple[str, ...] = (PROGRAM,),
+                 ip: str = "127.0.0.1", **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *program, "-s", "-p", "0", "-c", BUS, *(["-i", ip] if ip else []),
+             *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            universal_newlines=True, env={**ENVIRONMENT, **environment})
+        self.log = ""
+        self.port = 0
+        self.listening = threading.Event()
+        self.reader = threading.Thread(target=self.read_log, daemon=True)
+        self.reader.start()
+        self.listening.wait(TIMEOUT)
+        if not self.port:
+            self.stop()
+            raise AssertionError(f"the daemon does not listen:\n{self.log}")
+
+    def read_log(self) -> None:
+        assert self.process.stderr
+        with self.process.stderr as stderr:
+            for line in stderr:
+                self.log += line
+                match = re.search(r"listening on \S+ port (\d+)", line)
+                if match:
+                    self.port = int(match[1])
+                    self.listening.set()
+        self.listening.set()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stopped for a while, so that it finds all that comes meanwhile at once."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def connect(self, host: str = "127.0.0.1") -> Peer:
+        """A client that has been greeted."""
+        peer = Peer(self.port, host)
+        peer.expect("uvscpd.py ...", "...", f"+OK - Success, connected to {BUS}")
+        return peer
+
+    def stop(self, number: int = signal.SIGTERM) -> str:
+        """End it; returns what it wrote to stderr, which must not tell of a bug."""
+        try:
+            self.process.send_signal(number)
+            status = self.process.wait(TIMEOUT)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.reader.join(TIMEOUT)
+        if status or "Traceback" in self.log:
+            raise AssertionError(f"the daemon ended with status {status}:\n{self.log}")
+        return self.log
+
+
+class Peer:
+    """A client of the daemon."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.sock = socket.create_connection((host, port), TIMEOUT)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.file = self.sock.makefile("rb")
+        self.since = time.monotonic()
+        self.signs_of_life = 0
+        self.heard: list[str] = []
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.file.close()
+        self.sock.close()
+
+    def send(self, *lines: str) -> None:
+        self.sock.sendall("".join(expand(line) + "\r\n" for line in lines).encode("latin-1"))
+
+    def read_line(self) -> str:
+        """The next line, `(closed)` at the end, `(nothing)` when none comes."""
+        try:
+            line = self.file.readline().decode("latin-1") or "(closed)\r\n"
+        except socket.timeout:
+            line = "(nothing)\r\n"
+        if not line.endswith("\r\n"):
+            raise AssertionError(f"a line without CR LF: {line!r}")
+        self.heard.append(line[:-2])
+        return line[:-2]
+
+    def expect(self, *wanted: str) -> None:
+        """Read lines, which must be these; wildcards as in a transcript."""
+        for text in wanted:
+            line = self.read_line()
+            while line == "+OK" != text and self.may_be_sign_of_life():
+                line = self.read_line()
+            if not re.fullmatch(pattern(text), line):
+                heard = "\n    ".join(self.heard[-8:])
+                raise AssertionError(f"expected {text!r}, but heard at last:\n    {heard}")
+
+    def may_be_sign_of_life(self) -> bool:
+        """On a slow machine one may come in between, but never before its time."""
+        self.signs_of_life += 1
+        return self.signs_of_life <= (time.monotonic() - self.since) // uvscpd.SIGN_OF_LIFE_S
+
+    def ask(self, command: str) -> list[str]:
+        """All lines of the reply to a command."""
+        self.send(command)
+        reply = [self.read_line()]
+        while not reply[-1].startswith(("+OK", "-OK", "(")):
+            reply.append(self.read_line())
+        return reply
+
+    def await_events(self, count: int) -> None:
+        """Wait until so many events are buffered."""
+        deadline = time.monotonic() + TIMEOUT
+        reply = self.ask("cdta")
+        while reply != [f"{count} ", "+OK"]:
+            if not re.match("[0-9]+ $", reply[0]) or time.monotonic() > deadline:
+                raise AssertionError(f"waiting for {count} events: {reply}")
+            reply = self.ask("cdta")
+
+    def segments(self) -> int:
+        """How many TCP segments with data have come, each of which was one write."""
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        return int(struct.unpack_from("=I", info, 152)[0])      # tcpi_data_segs_in, Linux 4.6
+
+
+WILDCARDS = {"*": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "#": r"\d{1,10}", "...": ".*"}
+
+
+def pattern(text: str) -> str:
+    """The regular expression for a line of a transcript."""
+    return "".join(WILDCARDS.get(part, re.escape(part))
+                   for part in re.split(r"(\*|#|\.\.\.)", expand(text)))
+
+
+def expand(text: str) -> str:
+    """The text with `::1:5` replaced by the 16 fields of that GUID."""
+    return re.sub("::([0-9A-Fa-f:]+)",
+                  lambda match: "0:" * (15 - match[1].count(":")) + match[1], text)
+
+
+class Step(NamedTuple):
+    """What a client does in a transcript: sends a line (>), gets one (<), waits (=)."""
+
+    who: str
+    what: str
+    text: str
+
+
+def parse_line(line: str) -> list[Step]:
+    """The steps of one line of a transcript; none for a blank line."""
+    match = re.fullmatch(r"\s*([A-Z]?)([<>=]) ?(.*)", line)
+    if not match:
+        return []
+    who, what, rest = match.groups()
+    first, *others = (re.sub(r" \$$", " ", part) for part in re.split(r" *\| ", rest))
+    if what != ">":
+        return [Step(who, what, text) for text in (first, *others)]
+    steps = []
+    for command in first.split(" ; "):
+        steps += [Step(who, ">", command), Step(who, "<", "+OK")]
+    return steps[:-1] + [Step(who, "<", text) for text in others or ["+OK"]]
+
+
+def parse_transcript(text: str) -> list[list[Step]]:
+    """The packets of a transcript: commands of one client in a row with their replies."""
+    packets: list[list[Step]] = [[]]
+    for steps in map(parse_line, text.split("\n")):
+        before = packets[-1]
+        # Nothing is sent before what the client waits for has come.
+        if not (steps and before) or (steps[0].who != before[0].who or steps[0].what == "="
+                                      or steps[0].what == ">" and before[0].what != ">"):
+            packets.append([])
+        packets[-1] += steps
+    steps = sum(packets, [])
+    for who in sorted({step.who for step in steps}):
+        if Step(who, "<", "(closed)") not in steps:
+            packets.append(parse_line(f"{who}> quit | +OK - bye | (closed)"))
+    return [packet for packet in packets if packet]
+
+
+class DaemonTestCase(unittest.TestCase):
+    """Tests with a daemon. Each title in TRANSCRIPTS becomes a test."""
+
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ()
+    TRANSCRIPTS: ClassVar[str] = ""
+    BEHIND_QUIT = "noop\nsend 0,511,255,0,,0,-,1\nhelp\n\0\xff\nquit\nno line end"
+    daemon: ClassVar[DaemonProcess]
+
+    def __init_subclass__(cls) -> None:
+        for title, text in re.findall(r"(test_\w+)\n(.+?)(?=test_|\Z)", cls.TRANSCRIPTS, re.S):
+            def test(self: DaemonTestCase, transcript: str = text) -> None:
+                self.play(transcript)
+            assert not hasattr(cls, title), title
+            setattr(cls, title, test)
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.daemon = DaemonProcess(*cls.ARGUMENTS)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.daemon.stop()
+
+    def connect(self) -> Peer:
+        """A client that has been greeted; closed when the test ends."""
+        peer = self.daemon.connect()
+        self.addCleanup(peer.__exit__)
+        return peer
+
+    def play(self, transcript: str) -> None:
+        """Run a transcript line by line, packet by packet, byte by byte, with more behind QUIT."""
+        packets = parse_transcript(transcript)
+        for way in ("lines", "packets", "bytes", "more behind QUIT"):
+            with contextlib.ExitStack() as stack:
+                peers = {who: stack.enter_context(self.daemon.connect())
+                         for who in sorted({packet[0].who for packet in packets})}
+                try:
+                    for packet in packets:
+                        self.exchange(peers[packet[0].who], packet, way)
+                except (AssertionError, OSError) as error:
+                    self.fail(f"{way}: {error}")
+
+    def exchange(self, peer: Peer, packet: list[Step], way: str) -> None:
+        """Play one packet."""
+        if packet[0].what == "=":
+            peer.await_events(int(packet[0].text))
+        elif way == "lines":
+            for step in packet:
+                (peer.send if step.what == ">" else peer.expect)(step.text)
+        else:
+            lines = "".join(expand(step.text) + "\n" for step in packet if step.what == ">")
+            pieces = list(lines) if way == "bytes" else [lines]
+            if way == "more behind QUIT" and packet[-1].text == "(closed)":
+                pieces[-1] += self.BEHIND_QUIT
+            for piece in pieces:
+                peer.sock.sendall(piece.encode("latin-1"))
+            peer.expect(*(step.text for step in packet if step.what == "<"))
+
+
+def load_tests(_loader: unittest.TestLoader, tests: unittest.TestSuite,
+               _pattern: str | None) -> unittest.TestSuite:
+    """The examples in the docstrings of uvscpd.py are tests, too."""
+    tests.addTests(doctest.DocTestSuite(uvscpd))
+    return tests
+
+
+# =============================================================================
+# 5. Events and GUIDs
+# =============================================================================
+# EVENTS is driven from text to frame, from frame to text, and once more through
+# the daemon, all for a client whose GUID is zeros.
+
+ZEROS = ",".join(["0"] * 16)            # the interface's GUID in the data of class 512-1023
+
+EVENTS = (                              # given to SEND; CAN id # data; the line that others get
+    ("96,20,3,0,,0,-,0,1,35", "0C140300#000123", "96,20,3,0,*,#,::0,0,1,35"),
+    ("0,0,0,0,,0,-", "00000000#", "0,0,0,0,*,#,::0"),
+    ("0,511,255,0,,0,-", "01FFFF00#", "0,511,255,0,*,#,::0"),
+    # Priority and hard-coded; other bits of the head do not go onto the bus.
+    ("32,1,2,0,,0,-", "04010200#", "32,1,2,0,*,#,::0"),
+    ("128,1,2,0,,0,-", "10010200#", "128,1,2,0,*,#,::0"),
+    ("224,1,2,0,,0,-", "1C010200#", "224,1,2,0,*,#,::0"),
+    ("16,1,2,0,,0,-", "02010200#", "16,1,2,0,*,#,::0"),
+    ("15,1,2,0,,0,-", "00010200#", "0,1,2,0,*,#,::0"),
+    ("0xFFFF,1,2,0,,0,-", "1E010200#", "240,1,2,0,*,#,::0"),
+    # The GUID's last byte is the nickname.
+    ("96,20,3,0,,0,", "0C140300#", "96,20,3,0,*,#,::0"),
+    ("96,20,3,0,,0,::0", "0C140300#", "96,20,3,0,*,#,::0"),
+    ("96,20,3,0,,0,::fE", "0C1403FE#", "96,20,3,0,*,#,::FE"),
+    ("96,20,3,0,,0,FF:FF:FF:FF:FF:FF:FF:FE:01:2:03:4:5:6:7:0a", "0C14030A#", "96,20,3,0,*,#,::A"),
+    # Hexadecimal numbers; fields that CAN cannot carry; what real clients send.
+    ("0x60,0X14,0x003,0,,0,-,0x0,0x01,0xfF", "0C140300#0001ff", "96,20,3,0,*,#,::0,0,1,255"),
+    ("96,20,3,,,,-,7", "0C140300#07", "96,20,3,0,*,#,::0,7"),
+    ("96,20,3,4711,2001-01-01T00:00:00,4294967296,-,7", "0C140300#07", "96,20,3,0,*,#,::0,7"),
+    ("96,20,9,0,2026-11-21T22:59:33,0,", "0C140900#", "96,20,9,0,*,#,::0"),
+    ("480,10,6,0,,11616992294838206464,00:00:00:00:00:00:00:00:00:00:00:00:00:00:00:00,0x8A,0x01",
+     "1C0A0600#8a01", "224,10,6,0,*,#,::0,138,1"),
+    # Level I mirrored as Level II; of the interface's GUID, 14 bytes count.
+    (f"96,532,3,0,,0,-,{ZEROS}", "0C140300#", "96,20,3,0,*,#,::0"),
+    (f"96,532,3,0,,0,::5,{ZEROS},0,1,35", "0C140305#000123", "96,20,3,0,*,#,::5,0,1,35"),
+    (f"96,512,3,0,,0,-,{ZEROS[:-4]},8,9,1,2,3,4,5,6,7,8", "0C000300#0102030405060708",
+     "96,0,3,0,*,#,::0,1,2,3,4,5,6,7,8"),
+    (f"96,1023,3,0,,0,-,{ZEROS}", "0DFF0300#", "96,511,3,0,*,#,::0"),
+    # Any number of data bytes.
+    *(("0,1,2,0,,0,-" + ",1,2,3,4,5,6,7,8"[:2 * length],
+       "00010200#" + "0102030405060708"[:2 * length],
+       "0,1,2,0,*,#,::0" + ",1,2,3,4,5,6,7,8"[:2 * length]) for length in range(9)),
+)
+
+BAD_EVENTS = (
+    "96", "96,20,3,0,,0", "65536,20,3,0,,0,-", "-1,20,3,0,,0,-", ",20,3,0,,0,-", "x,20,3,0,,0,-",
+    f"96,1024,3,0,,0,-,{ZEROS}", "96,65535,3,0,,0,-", "96,-1,3,0,,0,-", "96,,3,0,,0,-",
+    "96,20,256,0,,0,-", "96,20,-1,0,,0,-", "96,20,,0,,0,-",
+    "96,20,3,0,,0,-,256", "96,20,3,0,,0,-,-1", "96,20,3,0,,0,-,", "96,20,3,0,,0,-,1,,2",
+    "96,20,3,0,,0,-,0x", "96,20,3,0,,0,-,0xG", "96,20,3,0,,0,-,FF", "96,20,3,0,,0,-,1.5",
+    "96,20,3,0,,0,-,1,2,3,4,5,6,7,8,9",
+    "96,20,3,0,,0,0", "96,20,3,0,,0,::1:FFF", "96,20,3,0,,0,0:G", "96,20,3,0,,0,::0:",
+    # Class 512-1023 without the GUID of an interface, with too much behind it, with another's.
+    "96,532,3,0,,0,-", f"96,532,3,0,,0,-,{ZEROS[2:]}", f"96,532,3,0,,0,-,{ZEROS},1,2,3,4,5,6,7,8,9",
+    f"96,532,3,0,,0,-,1{ZEROS[1:]}", f"96,532,3,0,,0,-,{ZEROS[:-6]},1,0,0",
+)
+
+GUIDS = (                               # given; as the daemon writes it
+    ("0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0", "0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0"),
+    ("00:01:02:03:04:05:06:07:08:09:0a:0b:0c:0d:0e:0f", "0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:F"),
+    ("FF:ff:Ff:fF:10:a0:0A:1:0:0:0:0:0:0:0:FE", "FF:FF:FF:FF:10:A0:A:1:0:0:0:0:0:0:0:FE"),
+)
+FIFTEEN = ":".join("0" * 15)
+BAD_GUIDS = ("", "-", "0", "::5", "0" * 32, "-".join("0" * 16), FIFTEEN, FIFTEEN + ":0:0",
+             FIFTEEN + ":", FIFTEEN + ":100", FIFTEEN + ":G", FIFTEEN + ":-1", FIFTEEN + ": 1",
+             FIFTEEN + ":0\n")
+
+
+class EventTest(unittest.TestCase):
+    def test_event_to_frame(self) -> None:
+        for sent, frame, _ in EVENTS:
+            with self.subTest(sent):
+                event = uvscpd.parse_event(expand(sent))
+                can_id, data = uvscpd.event_to_can(event, uvscpd.GUID_ZERO)
+                self.assertEqual(f"{can_id:08X}#{data.hex()}", frame)
+
+    def test_frame_to_event_line(self) -> None:
+        for _, frame, seen in EVENTS:
+            with self.subTest(frame):
+                can_id, _, data = frame.partition("#")
+                before, after = uvscpd.format_event(uvscpd.Frame(
+                    int(can_id, 16), bytes.fromhex(data), 1795390139_810025, None))
+                line = seen.replace("*,#", "2026-11-22T23:28:59,3615768809")    # of 32 bits
+                self.assertEqual(before + uvscpd.format_guid(bytes(15)) + after,
+                                 expand(line) + "\r\n")
+
+    def test_bad_events(self) -> None:
+        for text in BAD_EVENTS:
+            with self.subTest(text), self.assertRaises(uvscpd.VscpError):
+                uvscpd.event_to_can(uvscpd.parse_event(expand(text)), uvscpd.GUID_ZERO)
+
+    def test_GUID_to_bytes_and_back(self) -> None:
+        for given, written in GUIDS:
+            with self.subTest(given):
+                guid = uvscpd.parse_guid(given)
+                self.assertEqual(guid, bytes(int(field, 16) for field in written.split(":")))
+                self.assertEqual(uvscpd.format_guid(guid), written)
+
+    def test_bad_GUIDs(self) -> None:
+        for text in BAD_GUIDS:
+            with self.subTest(text), self.assertRaises(uvscpd.VscpError):
+                uvscpd.parse_guid(text)
+
+
+# =============================================================================
+# 6. CAN frames
+# =============================================================================
+# Events through the daemon, onto the bus and back.
+
+class FrameTest(DaemonTestCase):
+    def test_struct_can_frame(self) -> None:
+        self.assertEqual(uvscpd.pack_frame(0x0C140305, b"\0\1\x23"),
+                         struct.pack("=IB3x8s", 0x8C140305, 3, b"\0\1\x23"))
+
+    def test_SEND_every_event(self) -> None:
+        self.play("".join(f"A> send {sent}\n" for sent, _, _ in EVENTS)
+                  + f"B= {len(EVENTS)}\nB> retr {len(EVENTS)}"
+                  + "".join(f" | {seen}" for _, _, seen in EVENTS) + " | +OK")
+
+    def test_SEND_every_bad_event(self) -> None:
+        self.play("".join(f"A> send {text} | -OK - ...\n" for text in BAD_EVENTS)
+                  + "A> send 96,20,3,0,,0,-\nB= 1")
+
+    def test_time_of_an_event(self) -> None:
+        a, b = self.connect(), self.connect()
+        before = int(time.time())
+        b.ask("send 96,20,3,0,2001-01-01T00:00:00,1,-")
+        a.await_events(1)
+        fields = a.ask("retr")[0].split(",")
+        seconds = timegm(time.strptime(fields[4], "%Y-%m-%dT%H:%M:%S"))
+        self.assertTrue(before <= seconds <= time.time(), fields)
+        self.assertLess(int(fields[5]) - seconds * 1000000 & 0xFFFFFFFF, 1000000, fields)
+
+
+# =============================================================================
+# 7. Filters
+# =============================================================================
+# For a client with the GUID 0:1:2: ... :F.
+
+class FilterTest(unittest.TestCase):
+    FILTERS: tuple[tuple[str, str, list[int], list[int]], ...] = (
+        # filter, mask, CAN ids of frames that pass, of frames that do not
+        ("7,511,255,::FF", "0,0,0,::0", [0, 0x1FFFFFFF, 0x0C140305], []),
+        ("3,20,3,::5", "0xFF,0xFFFF,0xFFFF,::FF", [0x0C140305, 0x0E140305],
+         [0x10140305, 0x0C150305, 0x0C140405, 0x0C140306]),
+        ("0,532,0,::0", "0,0xFFFF,0,::0", [0x0C140305], [0x0C150305, 0]),
+        ("0,16,0,::0", "0,0x1F0,0,::0", [0x00100000, 0x001F0000], [0x00200000]),
+        ("8,0,0,::0", "8,0,0,::0", [], [0, 0x1FFFFFFF]),        # no priority has that bit
+        ("0,0,0,0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:5", "0,0,0," + ":".join(["FF"] * 16),
+         [0x0C140305], [0x0C140306, 0x0C14030F]),
+        ("0,0,0,::1:0", "0,0,0,::F:0", [], [0, 0x0C140305]),    # another client's GUID
+    )
+
+    @staticmethod
+    def view(wanted: str, mask: str) -> uvscpd.View:
+        return uvscpd.make_view(uvscpd.parse_filter(expand(wanted)),
+                                uvscpd.parse_filter(expand(mask)), bytes(range(16)))
+
+    def test_frames_that_pass(self) -> None:
+        for wanted, mask, passing, stopped in self.FILTERS:
+            view = self.view(wanted, mask)
+            for can_id in passing + stopped:
+                with self.subTest(filter=wanted, mask=mask, can_id=f"{can_id:08X}"):
+                    self.assertEqual(can_id & view.mask == view.value, can_id in passing)
+
+    def test_any_filter_against_the_definition(self) -> None:
+        # Likely to go wrong: the fields' limits, and the bit above each.
+        fields = ((0, 3, 7, 8, 255), (0, 20, 511, 512, 532, 1023, 1024, 1044, 0xFFFF),
+                  (0, 3, 255, 0x103, 0xFFFF), (0, 1, 0xFF))
+        rng = random.Random(1)
+        for _ in range(5000):
+            wanted, mask, (priority, vscp_class, vscp_type, nickname) = (
+                [rng.choice(field) for field in fields] for _ in range(3))
+            event = (priority & 7, vscp_class & 511, vscp_type & 255, nickname)
+            level1 = [wanted[0], wanted[1] - 512 * (512 <= wanted[1] <= 1023), *wanted[2:]]
+            view = self.view("{},{},{},::{:X}".format(*wanted), "{},{},{},::{:X}".format(*mask))
+            can_id = event[0] << 26 | event[1] << 16 | event[2] << 8 | event[3]
+            self.assertEqual(can_id & view.mask == view.value,
+                             all(event[i] & mask[i] == level1[i] & mask[i] for i in range(4)),
+                             (wanted, mask, event))
+
+    def test_kernel_filters(self) -> None:
+        many = [(number, 0xFFFF) for number in range(513)]
+        for wanted, packed in (
+                ([], []),
+                ([(0x00140000, 0x01FF0000)], [(0x00140000, 0x01FF0000)]),
+                ([(5, 0xFF), (3, 0xFF), (5, 0xFF)], [(3, 0xFF), (5, 0xFF)]),
+                ([(5, 0xFF), (0, 0)], [(0, 0)]),                        # one wants them all
+                ([self.view("8,0,0,::0", "8,0,0,::0")[1:]], []),        # nothing can pass
+                (many[:512], many[:512]),
+                (many, [(0, 0)])):                                      # more than Linux takes
+            # Extended frames that are no remote requests.
+            self.assertEqual(uvscpd.pack_filters(wanted), b"".join(
+                struct.pack("=II", value | 0x80000000, mask | 0xC0000000)
+                for value, mask in packed))
+
+
+# =============================================================================
+# 8. Session
+# =============================================================================
+# From bytes to command lines.
+
+class LineSplitterTest(unittest.TestCase):
+    TOO_LONG = uvscpd.LineSplitter.TOO_LONG
+    LINES: tuple[tuple[bytes, list[str]], ...] = (
+        (b"noop\r\nquit\n", ["noop", "quit"]),
+        (b"no line end", []),
+        (b"\n\r\n", ["", ""]),
+        (b"n\ro\r\ro\np\r\r\n", ["noo", "p"]),
+        (b"\0n\x07o\x1b\to\x1fp\x7f\n", ["noop"]),
+        (b"n\x80o\xc3\xa9o\xffp\n !~ \n", ["noop", " !~ "]),
+        (b"\0\xff" + b"x" * 512 + b"\r\n", ["x" * 512]),
+        (b"x" * 513 + b"\nnoop\n", [TOO_LONG, "noop"]),
+        (b"noop\n" + b"x" * 513 + b"\r\n" + b"y" * 6000 + b"\n\n",
+         ["noop", TOO_LONG, TOO_LONG, ""]),
+    )
+
+    def test_lines_in_pieces_of_any_size(self) -> None:
+        for data, lines in self.LINES:
+            for size in (len(data), 1, 2, 3, 511, 512, 513, 514):
+                with self.subTest(data[:30], size=size):
+                    splitter = uvscpd.LineSplitter()
+                    pieces = [data[start:start + size] for start in range(0, len(data), size)]
+                    self.assertEqual([line for piece in pieces for line in splitter.feed(piece)],
+                                     lines)
+
+    def test_endless_line(self) -> None:
+        splitter = uvscpd.LineSplitter()
+        for _ in range(100):
+            self.assertEqual(splitter.feed(b"x" * 16384), [])
+            self.assertLessEqual(len(splitter.rest), 513)
+        self.assertEqual(splitter.feed(b"\nnoop\n"), [self.TOO_LONG, "noop"])
+
+
+class LineTest(DaemonTestCase):
+    TRANSCRIPTS = f"""
+    test_empty_line
+        >                   | -OK - no input
+        > noop
+    test_unknown_command
+        > foo               | -OK - invalid command
+        > no op             | -OK - invalid command
+        > noopnoop 1 2 3    | -OK - invalid command
+    test_control_characters_and_CR_are_dropped
+        > n\0o\x07o\x7fp\r\r
+        > \x80\xe9c\xffhid\t  | 0 | +OK
+    test_line_of_512_characters
+        > user {'x' * 507}  | +OK - no user configured
+    test_line_of_513_characters
+        > user {'x' * 508}  | -OK - line length exceeded
+        > chid              | 0 | +OK
+    test_many_commands_in_one_packet
+    """ + """
+        > chid              | 0 | +OK
+        > foo               | -OK - invalid command
+        > noop
+    """ * 50
+
+
+# =============================================================================
+# 9. Command table
+# =============================================================================
+# Each row of the protocol's table: names, arguments, replies.
+
+class CommandTest(DaemonTestCase):
+    REPLIES = (         # names, reply to a client that has just come
+        ("noop", "+OK"),
+        ("quit exit", "+OK - bye | (closed)"),
+        ("+", "-OK - no input"),
+        ("vers version", "1,0,0,0 | +OK"),
+        ("wcyd whatcanyoudo", "00-00-00-00-00-00-80-28 | +OK"),
+        ("interface", f"0,1,::0,{BUS}|Started * | +OK"),
+        ("cdta chdata chkdata checkdata", "0 $ | +OK"),
+        ("clra clrall clearall", "+OK - All events cleared."),
+        ("stat", "0,0,0,0,0,0,0 | +OK"),
+        ("info", '0,0,0,"OK" | +OK'),
+        ("chid getchid", "0 | +OK"),
+        ("ggid getguid", "::0 | +OK"),
+        ("retr retrieve", "-OK - No event(s) available"),
+        ("rcvloop receiveloop quitloop", "+OK"),
+        ("restart shutdown", "-OK - uvscpd is not capable of restart/shutdown"),
+        ("challenge measurement driver file udp remote var variable dm table test",
+         "-OK - ...full VSCP daemon..."),
+    )
+    WITH_ARGUMENT = "user pass help interface retr retrieve"
+    NEED_ARGUMENT = "send sgid setguid smsk setmask sflt setfilter"
+
+    def test_every_name_in_lower_upper_and_mixed_case(self) -> None:
+        for names, reply in self.REPLIES:
+            for name in names.split():
+                for text in (name, name.upper(), name.title()):
+                    self.play(f"> {text} | {reply}")
+
+    def test_wrong_number_of_arguments(self) -> None:
+        without = " ".join(names for names, _ in self.REPLIES[:-2]).split()
+        lines = [f"{name} 1" for name in without if name not in self.WITH_ARGUMENT.split()]
+        lines += [f"{name} 1 2" for name in f"{self.WITH_ARGUMENT} {self.NEED_ARGUMENT}".split()]
+        lines += self.NEED_ARGUMENT.split()
+        self.play("".join(f"> {line} | -OK - wrong number of arguments\n" for line in lines))
+
+    def test_HELP(self) -> None:
+        *lines, final = self.connect().ask("help")
+        self.assertEqual(final, "+OK")
+        self.assertEqual([re.split("[ :]", line)[0] for line in lines],
+                         [row.names.upper().split()[0] for row in uvscpd.COMMANDS])
+
+    def test_two_QUIT_in_one_packet(self) -> None:
+        peer = self.connect()
+        peer.send("quit", "quit")
+        peer.expect("+OK - bye", "(closed)")
+
+    def test_lines_behind_QUIT_do_not_run(self) -> None:
+        a, b, c = (self.connect() for _ in range(3))
+        a.send("quit", "send 96,20,1,0,,0,-")
+        a.expect("+OK - bye", "(closed)")
+        c.ask("send 96,20,2,0,,0,-")
+        b.await_events(1)
+        b.send("retr")
+        b.expect("96,20,2,0,*,#,::0", "+OK")
+
+    TRANSCRIPTS = """
+    test_repeat
+        A> CHID         | 0 | +OK
+        A> +            | 0 | +OK
+        A> +            | 0 | +OK
+        A> send 96,20,3,0,,0,-,1 ; +
+        B= 2
+        B> retr 2       | 96,20,3,0,*,#,::0,1 | 96,20,3,0,*,#,::0,1 | +OK
+    test_USER_PASS_not_configured
+        > user Admin    | +OK - no user configured
+        > pass secRet   | +OK - no password configured
+        > user $        | +OK - no user configured
+        > pass $        | +OK - no password configured
+    test_HELP_about_a_command
+        > help send     | SEND ... | +OK
+        > HELP ChkData  | CDTA... | +OK
+        > help foo      | -OK - ...
+    test_INTERFACE_action
+        > interface list    | 0,1,::0,...|Started * | +OK
+        > Interface LIST    | 0,1,::0,...|Started * | +OK
+        > interface close   | -OK - ...full VSCP daemon...
+        > interface unique  | -OK - ...full VSCP daemon...
+        > interface Normal  | -OK - ...full VSCP daemon...
+        > interface foo     | -OK - ...
+    test_commands_of_the_full_daemon_with_arguments
+        > variable list 1 2 3 | -OK - ...full VSCP daemon...
+        > restart 1 2 3     | -OK - uvscpd is not capable of restart/shutdown
+    test_CDTA_CLRA_two_events
+        B> send 96,20,1,0,,0,- ; send 96,20,2,0,,0,-
+        A= 2
+        A> cdta         | 2 $ | +OK
+        A> clra         | +OK - All events cleared.
+        A> cdta         | 0 $ | +OK
+    test_STAT
+        A> send 96,20,1,0,,0,- ; send 96,20,1,0,,0,-,1,2
+        A> send 96,20,1,0,,0 | -OK - ...
+        B> send 96,20,1,0,,0,-,1,2,3
+        A= 1
+        A> stat         | 0,0,0,7,1,10,2 | +OK
+        B> stat         | 0,0,0,10,2,7,1 | +OK
+    test_SGID
+        A> sgid 01:02:03:04:05:06:07:08:09:0a:0b:0c:0d:0e:0f:10
+        A> ggid         | 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10 | +OK
+        B> send 96,20,3,0,,0,::FE,1
+        A= 1
+        A> retr         | 96,20,3,0,*,#,1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:FE,1 | +OK
+    test_SGID_then_SEND_mirrored_event
+        A> sgid 1:2:3:4:5:6:7:8:9:A:B:C:D:E:0:0
+        A> send 96,532,3,0,,0,-,1,2,3,4,5,6,7,8,9,10,11,12,13,14,0,7,99
+        A> send 96,532,3,0,,0,-,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,99 | -OK - ...
+        B= 1
+        B> retr         | 96,20,3,0,*,#,::0,99 | +OK
+    test_SGID_invalid
+        > sgid 1:2:3    | -OK - Invalid GUID
+        > SetGUID -     | -OK - Invalid GUID
+        > ggid          | ::0 | +OK
+    test_RETR_empty_queue
+        > retr 0
+        > retr 3        | -OK - No event(s) available
+    test_RETR_oldest_first
+        B> send 96,20,1,0,,0,- ; send 96,20,2,0,,0,-,2 ; send 96,20,3,0,,0,-,3
+        A= 3
+        A> retr         | 96,20,1,0,*,#,::0 | +OK
+        A> Retrieve 2   | 96,20,2,0,*,#,::0,2 | 96,20,3,0,*,#,::0,3 | +OK
+    test_RETR_more_than_there_are
+        B> send 96,20,1,0,,0,- ; send 96,20,2,0,,0,-
+        A= 2
+        A> retr 5       | 96,20,1,0,*,#,::0 | 96,20,2,0,*,#,::0 | -OK - No event(s) available
+    test_RETR_bad_count
+        B> send 96,20,1,0,,0,-
+        A= 1
+        A> retr -1      | -OK - ...
+        A> retr many    | -OK - ...
+        A> cdta         | 1 $ | +OK
+    test_SEND_nine_data_bytes
+        > send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8,9 | -OK - too many data bytes
+    test_SMSK_SFLT
+        A> smsk 0,0xFFFF,0,::FF ; sflt 0,532,0,::5
+        B> send 96,20,1,0,,0,::4 ; send 96,21,2,0,,0,::5 ; send 96,20,3,0,,0,::5
+        A= 1
+        A> retr         | 96,20,3,0,*,#,::5 | +OK
+        A> stat         | 0,0,0,4,1,0,0 | +OK
+        A> SetMask 0,0,0,::0 ; SetFilter 0,0,0,::0
+        B> send 96,21,5,0,,0,-
+        A= 1
+    test_SMSK_SFLT_act_on_what_comes_afterwards
+        B> send 96,20,1,0,,0,- ; send 96,21,2,0,,0,-
+        A> smsk 0,0xFFFF,0,::0 ; sflt 0,21,0,::0
+        B> send 96,20,3,0,,0,- ; send 96,21,4,0,,0,-
+        A= 3
+        A> retr 3       | 96,20,1,0,*,#,::0 | 96,21,2,0,*,#,::0 | 96,21,4,0,*,#,::0 | +OK
+    test_SMSK_SFLT_format_errors
+        > smsk 0,0,0                | -OK - format error in mask frame
+        > smsk 0,0,0,::0,0          | -OK - format error in mask frame
+        > setmask 0,65536,0,::0     | -OK - format error in mask frame
+        > setmask 0,0,0,::100       | -OK - format error in mask frame
+        > sflt foo                  | -OK - format error in filter frame
+        > sflt -1,0,0,::0           | -OK - format error in filter frame
+        > setfilter 256,0,0,::0     | -OK - format error in filter frame
+        > setfilter 0,0,65536,::0   | -OK - format error in filter frame
+    """
+
+
+class ReceiveLoopTest(DaemonTestCase):
+    TRANSCRIPTS = """
+    test_RCVLOOP_buffered_events_then_new_ones
+        B> send 96,20,1,0,,0,- ; send 96,20,2,0,,0,-
+        A= 2
+        A> rcvloop
+        A< 96,20,1,0,*,#,::0 | 96,20,2,0,*,#,::0
+        B> send 96,20,3,0,,0,-
+        A< 96,20,3,0,*,#,::0
+        B> send 96,20,4,0,,0,-
+        A< 96,20,4,0,*,#,::0
+        A> stat         | 0,0,0,16,4,0,0 | +OK
+        A> cdta         | 0 $ | +OK
+    test_RCVLOOP_replies_between_events
+        A> rcvloop
+        A> foo          | -OK - invalid command
+        B> send 96,20,1,0,,0,-
+        A< 96,20,1,0,*,#,::0
+        A> retr ; retr 5 ; send 96,20,2,0,,0,-
+        A> ggid         | ::0 | +OK
+        B= 1
+        B> send 96,20,3,0,,0,-
+        A< 96,20,3,0,*,#,::0
+        A> rcvloop ; vers | 1,0,0,0 | +OK
+    test_QUITLOOP
+        A> quitloop ; rcvloop ; ggid | ::0 | +OK
+        A> QuitLoop ; vers | 1,0,0,0 | +OK
+        B> send 96,20,1,0,,0,-
+        A= 1
+        A> retr         | 96,20,1,0,*,#,::0 | +OK
+    test_SMSK_SFLT_inside_the_receive_loop
+        A> rcvloop ; smsk 0,0xFFFF,0,::0 ; sflt 0,21,0,::0
+        B> send 96,20,1,0,,0,- ; send 96,21,2,0,,0,-
+        A< 96,21,2,0,*,#,::0
+    """
+
+    def test_sign_of_life(self) -> None:
+        in_loop, out_of_loop, again = (self.connect() for _ in range(3))
+        begin = time.monotonic()
+        for peer, commands in ((in_loop, ["rcvloop"]), (out_of_loop, ["rcvloop", "quitloop"]),
+                               (again, ["rcvloop", "quitloop", "rcvloop"])):
+            peer.send(*commands)
+            self.assertEqual([peer.read_line() for _ in commands], ["+OK"] * len(commands))
+        for seconds in (2, 4):
+            for peer in (again, in_loop):
+                self.assertEqual(peer.read_line(), "+OK")
+                self.assertGreaterEqual(time.monotonic() - begin, seconds - 0.01)
+                peer.signs_of_life += 1
+        self.assertEqual(out_of_loop.ask("chid"), ["0", "+OK"])
+        again.send("chid")
+        again.expect("0", "+OK")
+
+    def test_each_reply_is_one_write(self) -> None:
+        a, b = self.connect(), self.connect()
+        if not a.segments():
+            self.skipTest("this kernel does not count segments")
+        for number in range(3):
+            b.ask(f"send 96,20,{number},0,,0,-")
+        a.await_events(3)
+        for command, lines in (("vers", 2), ("retr 2", 3), ("help", len(uvscpd.COMMANDS) + 1)):
+            before = a.segments()
+            self.assertEqual(len(a.ask(command)), lines)
+            self.assertEqual(a.segments() - before, 1, command)
+        # RCVLOOP's +OK is a write of its own: a real client loses events that come with it.
+        before = a.segments()
+        a.send("chid", "rcvloop")
+        a.expect("0", "+OK", "+OK", "96,20,2,0,*,#,::0")
+        self.assertEqual(a.segments() - before, 3)
+
+
+class LoginTest(DaemonTestCase):
+    ARGUMENTS = ("-U", "Admin", "-P", "secRet", "--guest", "0")
+    TRANSCRIPTS = """
+    test_USER_PASS
+        > user Admin ; pass secRet ; chid | 0 | +OK
+        > restart           | -OK - uvscpd is not capable of restart/shutdown
+    test_USER_PASS_none_given
+        > user              | -OK - please supply username
+        > USER $            | -OK - please supply username
+        > pass              | -OK - please supply password
+        > pass $            | -OK - please supply password
+    test_USER_alone
+        > user Admin ; chid | -OK - Need to log in to perform this command.
+    test_PASS_wrong
+        > user Admin ; pass secret | -OK - invalid password
+        > chid              | -OK - Need to log in to perform this command.
+        > User Admin ; Pass secRet ; chid | 0 | +OK
+    """
+
+    def test_commands_before_login(self) -> None:
+        for row in uvscpd.COMMANDS:
+            with self.subTest(row.names):
+                reply = self.connect().ask(row.names.split()[0] + " x" * row.least)
+                self.assertEqual(reply == ["-OK - Need to log in to perform this command."],
+                                 row.privilege > 0)
+
+
+# =============================================================================
+# 10. Bus
+# =============================================================================
+# Who sent the frames that the kernel gives back.
+
+class OwnFramesTest(unittest.TestCase):
+    HISTORIES = (       # A1: A sends frame 1; A1-: one that the filter stops; 1=A: it is A's
+        "1=None",
+        "A1 B2 1=A 2=B 2=None",
+        "A1 B1 A1 C1 1=A 1=B 1=A 1=C 1=None",           # identical frames
+        "A1 B2 C3 2=B 3=C B1 1=B",                      # A's never came back, 1 is B's now
+        "A1 B2 2=B 1=A",                                # or came late
+        "A1 B2 doubt C3 3=C 1=A 2=B",                   # or after something went wrong
+        "A1- B2 2=B 1=A",                               # meanwhile the filter has changed
+        "A1- B1 1=B",
+    )
+
+    def test_histories(self) -> None:
+        sessions = {name: uvscpd.Session.__new__(uvscpd.Session) for name in "ABC"}
+        for history in self.HISTORIES:
+            own = uvscpd.OwnFrames()
+            for step in history.split():
+                with self.subTest(history, step=step):
+                    if step == "doubt":
+                        own.doubt()
+                    elif "=" in step:
+                        self.assertIs(own.claim(int(step[0]), b""), sessions.get(step[2:]))
+                    else:
+                        own.add(int(step[1]), b"", sessions[step[0]], "-" not in step)
+
+    def test_id_and_data_count(self) -> None:
+        own, session = uvscpd.OwnFrames(), uvscpd.Session.__new__(uvscpd.Session)
+        own.add(1, b"a", session, True)
+        self.assertIsNone(own.claim(1, b"b"))
+        self.assertIsNone(own.claim(2, b"a"))
+        self.assertIs(own.claim(1, b"a"), session)
+
+    def test_memory_is_bounded(self) -> None:
+        own = uvscpd.OwnFrames()
+        for number in range(3 * own.MOST_DOUBTFUL):
+            own.add(number, b"", None, False)
+        self.assertLessEqual(len(own.doubtful) + len(own.pending), own.MOST_DOUBTFUL)
+
+
+# =============================================================================
+# 11. Client
+# =============================================================================
+# How connections begin and end.
+
+class ClientTest(DaemonTestCase):
+    def test_split_lines(self) -> None:
+        for block, limit, pieces in (
+                (b"", 4, []),
+                (b"ab\n", 3, [b"ab\n"]),
+                (b"ab\ncd\nef\n", 6, [b"ab\ncd\n", b"ef\n"]),
+                (b"ab\ncd\nef\n", 5, [b"ab\n", b"cd\n", b"ef\n"]),
+                (b"a\nlong line\nb\nc\n", 4, [b"a\n", b"long line\n", b"b\nc\n"])):
+            with self.subTest(block, limit=limit):
+                self.assertEqual(uvscpd.split_lines(block, limit), pieces)
+
+    def test_what_the_Cpp_client_sends_first(self) -> None:
+        with Peer(self.daemon.port) as peer:            # it does not wait for the greeting
+            peer.send("user ", "pass ", "vers ")
+            peer.expect("uvscpd.py ...", "...", f"+OK - Success, connected to {BUS}",
+                        "+OK - no user configured", "+OK - no password configured",
+                        "1,0,0,0", "+OK")
+
+    def test_half_closed_after_commands(self) -> None:
+        peer = self.connect()
+        peer.send(*["chid", "foo"] * 100)
+        peer.sock.sendall(b"stat\nnot a whole line")
+        peer.sock.shutdown(socket.SHUT_WR)
+        peer.expect(*["0", "+OK", "-OK - invalid command"] * 100)
+        peer.expect("0,0,0,0,0,0,0", "+OK", "(closed)")
+
+    def test_replies_read_late(self) -> None:
+        peer, other = self.connect(), self.connect()
+        peer.send(*["help"] * 3000, "quit")             # megabytes, more than a connection holds
+        for _ in range(200):
+            self.assertEqual(other.ask("noop"), ["+OK"])        # and others do not wait
+        lines = peer.file.read().split(b"\r\n")
+        self.assertEqual(len(lines), 3000 * (len(uvscpd.COMMANDS) + 1) + 2)
+        self.assertEqual(lines[-2:], [b"+OK - bye", b""])
+
+    def test_connection_closed_without_a_word(self) -> None:
+        for _ in range(10):
+            Peer(self.daemon.port).__exit__()
+        self.assertEqual(self.connect().ask("noop"), ["+OK"])
+
+    def test_connection_reset(self) -> None:
+        a, b = self.connect(), self.connect()
+        a.ask("rcvloop")
+        a.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        a.send("help")
+        a.__exit__()
+        for _ in range(10):
+            self.assertEqual(b.ask("send 96,20,3,0,,0,-"), ["+OK"])
+
+
+# =============================================================================
+# 12. Daemon
+# =============================================================================
+# Who gets which event, and the limits.
+
+class FanOutTest(DaemonTestCase):
+    TRANSCRIPTS = """
+    test_every_other_client_but_not_the_sender
+        A> send 96,20,1,0,,0,-
+        B= 1
+        C= 1
+        B> send 96,20,2,0,,0,-
+        A= 1
+        C= 2
+        A> retr 2       | 96,20,2,0,*,#,::0 | -OK - No event(s) available
+        B> retr 2       | 96,20,1,0,*,#,::0 | -OK - No event(s) available
+        C> retr 2       | 96,20,1,0,*,#,::0 | 96,20,2,0,*,#,::0 | +OK
+    test_not_to_the_sender_inside_the_receive_loop
+        A> rcvloop ; send 96,20,1,0,,0,-
+        B= 1
+        B> send 96,20,2,0,,0,-
+        A< 96,20,2,0,*,#,::0
+    test_identical_events_from_several_senders
+        A> rcvloop ; send 96,20,1,0,,0,-,7
+        B> send 96,20,1,0,,0,-,7
+        C> send 96,20,1,0,,0,-,7
+        D= 3
+        A< 96,20,1,0,*,#,::0,7 | 96,20,1,0,*,#,::0,7
+        B> retr 3       | 96,20,1,0,*,#,::0,7 | 96,20,1,0,*,#,::0,7 | -OK - No event(s) available
+        C> retr 3       | 96,20,1,0,*,#,::0,7 | 96,20,1,0,*,#,::0,7 | -OK - No event(s) available
+    test_sender_that_leaves_at_once
+        B> send 96,20,1,0,,0,- ; quit | +OK - bye | (closed)
+        A= 1
+    """
+
+    def test_events_before_the_connection(self) -> None:
+        a = self.connect()
+        a.ask("send 96,20,1,0,,0,-")
+        b = self.connect()
+        a.ask("send 96,20,2,0,,0,-")
+        b.await_events(1)
+        b.send("retr 2")
+        b.expect("96,20,2,0,*,#,::0", "-OK - No event(s) available")
+
+    def test_what_is_on_the_way_is_taken_in(self) -> None:
+        a, b = self.connect(), self.connect()
+        event = "96,20,1,0,*,#,::0"
+        for commands, replies in (
+                (["cdta", "retr"], ["1 ", "+OK", event, "+OK"]),
+                (["retr"], [event, "+OK"]),
+                (["clra", "cdta"], ["+OK - All events cleared.", "0 ", "+OK"]),
+                (["sflt 0,21,0,::0", "smsk 0,0xFFFF,0,::0", "cdta"], ["+OK", "+OK", "1 ", "+OK"])):
+            with self.daemon.paused():
+                b.send("send 96,20,1,0,,0,-")
+                a.send(*commands)
+            b.expect("+OK")
+            a.expect(*replies)
+        with self.daemon.paused():
+            b.send("send 96,20,1,0,,0,-")
+            late = Peer(self.daemon.port)
+        with late:
+            late.expect("...", "...", "+OK - ...")
+            self.assertEqual(late.ask("cdta"), ["0 ", "+OK"])
+
+    def test_many_events_in_order(self) -> None:
+        a, b, c = (self.connect() for _ in range(3))
+        a.ask("rcvloop")
+        events = [(number % 256, number // 256) for number in range(600)]
+        b.send(*("send 96,20,{},0,,0,-,{}".format(*event) for event in events))
+        b.expect(*["+OK"] * 600)
+        seen = ["96,20,{},0,*,#,::0,{}".format(*event) for event in events]
+        a.expect(*seen)
+        c.await_events(600)
+        c.send("retr 600")
+        c.expect(*seen, "+OK")
+
+
+class LimitsTest(DaemonTestCase):
+    ARGUMENTS = ("--buffer", "3", "--max-clients", "3")
+    TRANSCRIPTS = """
+    test_FIFO_overrun
+        C> rcvloop
+        B> send 96,20,1,0,,0,- ; send 96,20,2,0,,0,- ; send 96,20,3,0,,0,-
+        B> send 96,20,4,0,,0,- ; send 96,20,5,0,,0,-
+        C< 96,20,1,0,*,#,::0 | 96,20,2,0,*,#,::0 | 96,20,3,0,*,#,::0
+        C< 96,20,4,0,*,#,::0 | 96,20,5,0,*,#,::0
+        A> cdta         | 3 $ | +OK
+        A> stat         | 0,0,2,20,5,0,0 | +OK
+        A> retr 3       | 96,20,3,0,*,#,::0 | 96,20,4,0,*,#,::0 | 96,20,5,0,*,#,::0 | +OK
+    """
+
+    def test_max_clients(self) -> None:
+        peers = [self.connect() for _ in range(3)]
+        for _ in range(2):
+            with Peer(self.daemon.port) as refused:
+                refused.send("user ", "pass ", "vers ")     # which must not cost it the answer
+                refused.expect("-OK - Max number of clients connected.", "(closed)")
+        self.assertEqual(peers[0].ask("quit"), ["+OK - bye"])
+        peers[0].expect("(closed)")
+        for peer in (self.connect(), peers[1]):
+            self.assertEqual(peer.ask("noop"), ["+OK"])
+
+
+# =============================================================================
+# 13. Command line, main
+# =============================================================================
+# Arguments, exit status, messages, signals, detaching.
+
+class ArgumentTest(unittest.TestCase):
+    BAD_ARGUMENTS = (
+        "--nonsense", "extra", "@/nonexistent/file", "-c", "-p",
+        "--port=x", "--port=-1", "--port=65536", "--port=0x50", "--port=",
+        "--canbus=", "--canbus=sixteen.letters.", "--canbus=a/b", "--canbus=a b", "--canbus=.",
+        "--ip=localhost", "--ip=1.2.3", "--ip=1.2.3.4.5", "--ip=::g", "--ip=",
+        "--guid=1:2", "--guid=", "--guid=-", "--guid=1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:100",
+        "--user=", "--user=two words", "--password=", "--password=two words", "--password=\xe9",
+        "--buffer=0", "--buffer=x", "--buffer=-1", "--max-clients=0", "--max-clients=x")
+
+    def test_bad_arguments(self) -> None:
+        for argument in self.BAD_ARGUMENTS:
+            stderr = io.StringIO()
+            with self.subTest(argument), contextlib.redirect_stderr(stderr):
+                with self.assertRaises(SystemExit) as ending:
+                    uvscpd.parse_arguments([argument])
+                self.assertEqual(ending.exception.code, 2)
+                self.assertRegex(stderr.getvalue(), r"\Auvscpd\.py: .+\n\Z")
+
+    def test_status_and_output_of_the_process(self) -> None:
+        for option, status, stdout, stderr in (
+                ("--help", 0, "usage: uvscpd.py .*", ""),
+                ("--version", 0, "uvscpd.py 1.0.0\n", ""),
+                ("--port=x", 2, "", "uvscpd.py: .*port.*\n")):
+            with self.subTest(option):
+                result = run(PROGRAM, option)
+                self.assertEqual(result.returncode, status)
+                self.assertRegex(result.stdout, rf"(?s)\A{stdout}\Z")
+                self.assertRegex(result.stderr, rf"\A{stderr}\Z")
+
+    def test_file_of_arguments(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            name = os.path.join(directory, "arguments")
+            with open(name, "w", encoding="ascii") as file:
+                file.write("# A comment\n\n--guid 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10\n-U\nAdmin\n")
+            daemon = DaemonProcess("@" + name)
+        self.addCleanup(daemon.stop)
+        with daemon.connect() as peer:
+            self.assertEqual(peer.ask("user admin"), ["-OK - invalid user"])
+            self.assertEqual(peer.ask("user Admin"), ["+OK"])
+            self.assertEqual(peer.ask("ggid"), ["1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10", "+OK"])
+
+
+class ProcessTest(unittest.TestCase):
+    def start(self, *arguments: str, **options: Any) -> DaemonProcess:
+        daemon = DaemonProcess(*arguments, **options)
+        self.addCleanup(daemon.stop)
+        return daemon
+
+    def test_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            daemon = DaemonProcess()
+            with self.subTest(number.name), daemon.connect() as peer:
+                peer.ask("rcvloop")
+                daemon.stop(number)             # checks the exit status
+                peer.expect("(closed)")
+
+    def test_cannot_start(self) -> None:
+        port = str(self.start().port)
+        for arguments, word in ((["-p", port], port),
+                                (["-p", "0", "--pidfile", "/nonexistent/pid"], "/nonexistent/pid")):
+            for foreground in ([], ["-s"]):
+                with self.subTest(arguments=arguments, foreground=foreground):
+                    result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", *arguments, *foreground)
+                    self.assertEqual((result.returncode, result.stdout), (1, ""))
+                    self.assertRegex(result.stderr, rf"\A.*{word}.*\n\Z")
+
+    def test_detached(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, socket.socket() as reserved:
+            # Nobody else is given a port that is bound, but a daemon can listen on it.
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind(("127.0.0.1", 0))
+            port = reserved.getsockname()[1]
+            life, other_end = os.pipe()         # which ends when the daemon is no more
+            self.addCleanup(os.close, life)
+            result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
+                         "uvscpd.pid", cwd=directory, pass_fds=(other_end,))
+            os.close(other_end)
+            self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
+            pidfile = os.path.join(directory, "uvscpd.pid")
+            with open(pidfile, encoding="ascii") as file:
+                pid = int(file.read())
+            try:
+                with Peer(port) as peer:
+                    peer.expect("...", "...", f"+OK - Success, connected to {BUS}")
+                    self.assertNotEqual(os.getsid(pid), os.getsid(0))
+                    self.assertEqual(os.readlink(f"/proc/{pid}/cwd"), "/")
+                    self.assertEqual([os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)],
+                                     [os.devnull] * 3)
+                    os.kill(pid, signal.SIGTERM)
+                    peer.expect("(closed)")
+                self.assertTrue(select.select([life], [], [], TIMEOUT)[0], "it does not end")
+                self.assertFalse(os.path.exists(pidfile))
+            finally:
+                if not select.select([life], [], [], 0)[0]:
+                    os.kill(pid, signal.SIGKILL)
+
+    def test_addresses(self) -> None:
+        both = ["127.0.0.1", "::1"] if ipv6_works() else ["127.0.0.1"]
+        for ip, hosts in [("", both)] + [(host, [host]) for host in both]:
+            daemon = self.start(ip=ip)
+            bits = "80-68" if "::1" in hosts else "80-28"       # capabilities: IPv6 or not
+            for host in both:
+                with self.subTest(ip=ip, host=host):
+                    if host in hosts:
+                        with daemon.connect(host) as peer:
+                            self.assertEqual(peer.ask("wcyd")[0], "00-00-00-00-00-00-" + bits)
+                    else:
+                        with self.assertRaises(ConnectionRefusedError):
+                            daemon.connect(host)
+
+    def test_missing_interface_and_JOURNAL_STREAM(self) -> None:
+        try:
+            socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW).close()
+            reason = os.strerror(errno.ENODEV)
+        except AttributeError:
+            reason = os.strerror(errno.EAFNOSUPPORT)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+        daemon = self.start("-c", "nosuchcan0", JOURNAL_STREAM="8:1")
+        with Peer(daemon.port) as peer:
+            peer.expect("uvscpd.py ...", "...", f"+OK - waiting for nosuchcan0: {reason}")
+            peer.send("send 96,20,3,0,,0,-", "info", "stat")
+            peer.expect("-OK - ...", "4,#,0,\"...\"", "+OK", "0,0,0,0,0,0,0", "+OK")
+        log = daemon.stop().splitlines()
+        self.assertEqual([line for line in log if not re.match("<[46]>[^<]", line)], [])
+        warnings = [line for line in log if line.startswith("<4>")]
+        self.assertEqual(len(warnings), 1, log)
+        self.assertRegex(warnings[0], "ip link|modprobe")
+
+    def test_debug_does_not_show_a_password(self) -> None:
+        daemon = self.start("-d", "-U", "Admin", "-P", "secRet")
+        with daemon.connect() as peer:
+            for command in ("user Admin", "pass secRet", "+", "  PASS  secRet", "pass 1 secRet",
+                            "\0pa\rss\x7f secRet", "pass secRetwrong", "chid"):
+                peer.ask(command)
+        log = daemon.stop()
+        self.assertIn("chid", log)
+        self.assertNotIn("secRet", log)
+
+
+# =============================================================================
+# 14. The files
+# =============================================================================
+# What uvscpd.py may import, and whether README.md tells the truth.
+
+class PortabilityTest(unittest.TestCase):
+    # What OpenWrt's python3-light does not have, or cannot import for want of that.
+    MISSING = ("asyncio concurrent ctypes decimal email fractions http importlib.metadata logging "
+               "multiprocessing pathlib ssl statistics unittest urllib uuid")
+    LIGHT = f"""if True:
+        import sys
+        missing = set({MISSING!r}.split())
+        class Refuse:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name in missing:
+                    raise ImportError(name + " is missing")
+        assert not missing & set(sys.modules), missing & set(sys.modules)
+        sys.meta_path.insert(0, Refuse)
+        del sys.argv[0]
+        exec(compile(open(sys.argv[0], encoding="utf-8").read(), sys.argv[0], "exec"))
+    """
+
+    def test_isolated_and_without_site(self) -> None:
+        for program in ([PROGRAM], ["-c", self.LIGHT, PROGRAM]):
+            result = run("-I", "-S", *program, "--version")
+            self.assertEqual((result.stdout, result.stderr, result.returncode),
+                             (f"uvscpd.py {uvscpd.__version__}\n", "", 0))
+
+    def test_session_with_the_modules_of_python3_light(self) -> None:
+        daemon = DaemonProcess("-d", "-U", "Admin", "-P", "secRet",
+                               program=("-I", "-S", "-c", self.LIGHT, PROGRAM))
+        self.addCleanup(daemon.stop)
+        with daemon.connect() as a, daemon.connect() as b:
+            a.send("user Admin", "pass secRet", "help send", "sgid ::1", "stat", "interface")
+            a.expect("+OK", "+OK", "...", "+OK", "+OK", "...", "+OK", "...", "+OK")
+            b.ask("send 96,20,3,0,,0,-,1")
+            a.await_events(1)
+            a.send("rcvloop")
+            a.expect("+OK", "96,20,3,0,*,#,...")
+
+
+class ReadmeTest(unittest.TestCase):
+    def rows(self, heading: str) -> list[tuple[list[str], str]]:
+        """The rows of a table: the first word of each `...` in the first cell; the second cell."""
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            _, table = file.read().split(f"\n| {heading} |", 1)
+        rows = [line.split("|") for line in table.split("\n\n")[0].splitlines()[2:]]
+        return [([quoted.split()[0] for quoted in re.findall("`([^`]+)`", row[1])], row[2].strip())
+                for row in rows]
+
+    def test_options(self) -> None:
+        options = re.findall(r"(?m)^  (-.*?)(?:  |$)", run(PROGRAM, "--help").stdout)
+        self.assertGreater(len(options), 10)
+        self.assertEqual(sorted(name for names, _ in self.rows("option") for name in names),
+                         sorted(re.findall(r"(?<!\S)--?[a-zA-Z-]+", " ".join(options))))
+
+    def test_commands(self) -> None:
+        self.assertEqual([(names, int(privilege)) for names, privilege in self.rows("command")],
+                         [(row.names.split(), row.privilege) for row in uvscpd.COMMANDS])
+
+
+def main() -> None:
+    """Run the tests. A word for other work with uvscpd.py may stand in their place one day."""
+    unittest.main()
+
+
+if __name__ == "__main__":
+    main()
