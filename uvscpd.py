@@ -853,30 +853,30 @@ class OwnFrames:
     MOST_DOUBTFUL = 1000
 
     def __init__(self) -> None:
-        self.pending: deque[tuple[int, bytes, Session | None]] = deque()
-        self.doubtful: deque[tuple[int, bytes, Session | None]] = deque(
-            maxlen=self.MOST_DOUBTFUL)
+        self.pending: deque[Frame] = deque()        # time_us: when it was sent
+        self.doubtful: deque[Frame] = deque(maxlen=self.MOST_DOUBTFUL)
 
-    def add(self, can_id: int, data: bytes, sender: Session | None, expected: bool) -> None:
+    def add(self, frame: Frame, expected: bool) -> None:
         """A frame was sent; `expected` says whether the filter lets it come back."""
-        (self.pending if expected else self.doubtful).append((can_id, data, sender))
+        (self.pending if expected else self.doubtful).append(frame)
 
-    def doubt(self) -> None:
-        """What is under way may not come back."""
-        self.doubtful.extend(self.pending)
-        self.pending.clear()
+    def doubt(self, lost: Callable[[Frame], bool]) -> None:
+        """Those of which this is true may not come back."""
+        self.doubtful.extend(frame for frame in self.pending if lost(frame))
+        self.pending = deque(frame for frame in self.pending if not lost(frame))
 
-    def claim(self, can_id: int, data: bytes) -> Session | None:
+    def claim(self, frame: Frame) -> Session | None:
         """The sender of a frame that came back, None when nobody knows."""
-        for entry in self.pending:
-            if entry[0] == can_id and entry[1] == data:
-                while self.pending[0] is not entry:
+        for own in self.pending:
+            if own[:2] == frame[:2] and own.time_us <= frame.time_us:
+                while self.pending[0] is not own:
                     self.doubtful.append(self.pending.popleft())
-                return self.pending.popleft()[2]
-        for entry in self.doubtful:
-            if entry[0] == can_id and entry[1] == data:
-                self.doubtful.remove(entry)
-                return entry[2]
+                return self.pending.popleft().sender
+        # Of two that are alike the older one is the lost one.
+        for own in reversed(self.doubtful):
+            if own[:2] == frame[:2]:
+                self.doubtful.remove(own)
+                return own.sender
         return None
 
 
@@ -894,6 +894,7 @@ class SocketCan(Bus):
         self.wanted: list[tuple[int, int]] = []     # what set_filters was given
         self.own_wanted = False
         self.dropped = 0            # the kernel's running total for this socket
+        self.told = self.checked = self.state       # as last logged, as last checked
         self.open()
 
     # --- opening, and the interface's coming and going ---
@@ -917,7 +918,6 @@ class SocketCan(Bus):
             return
         self.sock = sock
         self.dropped = 0
-        self.own.doubt()
         self.set_filters(self.wanted, self.own_wanted)
         self.look_up()
 
@@ -956,6 +956,9 @@ class SocketCan(Bus):
             self.on_away(error.errno or errno.EIO)
 
     def check(self) -> None:
+        if self.state is self.checked:
+            self.tell()
+        self.checked = self.state
         if self.state.status != AWAY:
             return
         if self.sock is not None and self.state.code == errno.ENETDOWN:
@@ -993,20 +996,39 @@ class SocketCan(Bus):
 
     def set_state(self, state: BusState) -> None:
         """Note how the bus is doing; a change is logged once."""
-        old, self.state = self.state, state
-        if state.text == old.text:
+        if state == self.state:
             return
-        if state is BUS_WELL:
-            log.info(f"{self.name}: the bus is back, was: {old.text}")
+        self.state = state
+        if state.status >= BUS_OFF:
+            now_us = time.time_ns() // 1000
+            self.own.doubt(lambda frame: frame.time_us <= now_us)
+        # An interface that is being removed goes down first: check() tells if it stays down.
+        if state.code != errno.ENETDOWN or state.status != AWAY:
+            self.tell()
+
+    def tell(self) -> None:
+        """Log how the bus is doing, if that has not been done."""
+        before, self.told = self.told, self.state
+        if self.state.text == before.text:
             return
-        self.own.doubt()
-        where = "" if state.status == AWAY else f"{self.name}: "
-        log.warning(where + self.trouble())
+        if self.state is BUS_WELL:
+            log.info(f"{self.name}: the bus is back, was: {before.text}")
+        else:
+            where = "" if self.state.status == AWAY else f"{self.name}: "
+            log.warning(where + self.trouble())
+
+    def has_carrier(self) -> bool:
+        """Whether Linux gives frames to the controller; if not, it drops them in silence."""
+        try:
+            return bool(self.flags() & IFF_RUNNING)
+        except OSError:
+            return False
 
     # --- frames ---
 
     def set_filters(self, wanted: list[tuple[int, int]], own: bool) -> None:
         self.wanted, self.own_wanted = wanted, own
+        self.own.doubt(lambda frame: not self.comes_back(frame.can_id))
         if self.sock is None:
             return
         try:
@@ -1015,13 +1037,17 @@ class SocketCan(Bus):
         except OSError as error:            # the interface goes at this very moment
             self.on_away(error.errno or errno.EIO)
 
+    def comes_back(self, can_id: int) -> bool:
+        """Whether the kernel gives back a frame that was sent."""
+        return self.own_wanted and any(can_id & mask == value for value, mask in self.wanted)
+
     def send(self, can_id: int, data: bytes, sender: Session | None) -> None:
         if self.sock is None:
             raise BusError(self.trouble())
+        if self.state.status == BUS_OFF and not self.has_carrier():
+            raise BusFull(self.trouble())
+        frame = Frame(can_id, data, time.time_ns() // 1000, sender)
         try:
-            # Linux takes frames while a controller is bus off, and drops them.
-            if self.state.status == BUS_OFF and not self.flags() & IFF_RUNNING:
-                raise BusFull(self.trouble())
             self.sock.send(pack_frame(can_id, data))
         except OSError as error:
             if error.errno in (errno.ENOBUFS, errno.EAGAIN):
@@ -1029,8 +1055,7 @@ class SocketCan(Bus):
                               "bus off, or too much traffic") from None
             self.on_away(error.errno or errno.EIO)
             raise BusError(self.trouble()) from None
-        comes_back = self.own_wanted and any(can_id & mask == value for value, mask in self.wanted)
-        self.own.add(can_id, data, sender, comes_back)
+        self.own.add(frame, self.comes_back(can_id))
 
     def trouble(self) -> str:
         """What is wrong with the bus and what helps, for a person."""
@@ -1045,46 +1070,51 @@ class SocketCan(Bus):
             for _ in range(limit):
                 raw, ancillary, flags, _address = recvmsg(FRAME.size, ANCILLARY_SIZE)
                 can_id, length, data = FRAME.unpack(raw)
-                time_us = 0
+                time_us, dropped = 0, self.dropped
                 for _level, kind, value in ancillary:
                     if kind in TIMESTAMP:
                         seconds, nanoseconds = TIMESTAMP[kind].unpack(value)
                         time_us = seconds * 1000000 + nanoseconds // 1000
                     elif kind == SO_RXQ_OVFL:
-                        self.on_dropped(*struct.unpack("=I", value))
+                        dropped, = struct.unpack("=I", value)
+                frame = Frame(can_id & EFF_MASK, data[:length],
+                              time_us or time.time_ns() // 1000, None)
+                if dropped != self.dropped:
+                    self.on_dropped(dropped, frame.time_us)
                 if can_id & ERR_FLAG:
                     self.on_error_frame(can_id, data[1])
                     continue
-                can_id, data = can_id & EFF_MASK, data[:length]
-                sender = self.on_sent(can_id, data) if flags & MSG_CONFIRM else None
-                frames.append(Frame(can_id, data, time_us or time.time_ns() // 1000, sender))
+                if self.state is not BUS_WELL:
+                    self.on_traffic(bool(flags & MSG_CONFIRM))
+                if flags & MSG_CONFIRM:
+                    frame = frame._replace(sender=self.own.claim(frame))
+                frames.append(frame)
         except BlockingIOError:
             pass                # the kernel has no more
         except OSError as error:
             self.on_away(error.errno or errno.EIO)
         return frames
 
-    def on_sent(self, can_id: int, data: bytes) -> Session | None:
-        """A frame of ours has really gone out; returns who sent it."""
-        if self.state.status == WARNING and self.state.code & (ERR_ACK | ERR_TX_TIMEOUT):
-            self.set_state(BUS_WELL)
-        return self.own.claim(can_id, data)
-
     # --- errors on the bus ---
 
-    def on_dropped(self, total: int) -> None:
-        """The kernel's running total of frames that its full buffer dropped."""
-        if total != self.dropped:
-            self.overruns += total - self.dropped & 0xFFFFFFFF
-            self.dropped = total
-            self.own.doubt()
+    def on_dropped(self, total: int, time_us: int) -> None:
+        """The kernel's running total of frames that its full buffer dropped has changed."""
+        self.overruns += total - self.dropped & 0xFFFFFFFF
+        self.dropped = total
+        self.own.doubt(lambda frame: frame.time_us <= time_us)
+
+    def on_traffic(self, own: bool) -> None:
+        """A frame went over the bus, so somebody is there; `own`: it was one of ours."""
+        over = ERR_ACK | (ERR_TX_TIMEOUT if own else 0)
+        if self.state.status == WARNING and self.state.code & over:
+            self.set_state(BUS_WELL)
 
     def on_error_frame(self, can_id: int, controller: int) -> None:
         """Note what an error frame (linux/can/error.h) tells; `controller` is data[1]."""
         code = can_id & EFF_MASK
         if code & ERR_BUSOFF:
-            self.bus_offs += 1
-            advice = f"ip link set {self.name} type can restart-ms 100; wiring, bit rate"
+            self.bus_offs += self.state.status != BUS_OFF
+            advice = f"ip link set {self.name} down && ip link set {self.name} up"
             self.set_state(BusState(BUS_OFF, code, controller, "bus off", advice))
         elif code & ERR_RESTARTED:
             self.set_state(BUS_WELL)
@@ -1101,7 +1131,7 @@ class SocketCan(Bus):
             self.on_warning(PASSIVE, code, controller, "error passive")
         elif controller & CRTL_WARNING:
             self.on_warning(WARNING, code, controller, "error warning")
-        elif controller & CRTL_ACTIVE:
+        elif controller & CRTL_ACTIVE and self.has_carrier():
             self.set_state(BUS_WELL)
 
     def on_warning(self, status: int, code: int, controller: int, text: str) -> None:
