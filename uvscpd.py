@@ -1253,6 +1253,10 @@ class Client:
             self.lines.popleft()
             if self.session.rcvloop != looping:
                 self.on_rcvloop()
+                self.write("".join(replies))        # and what follows is a write of its own
+                self.write(reply)
+                replies.clear()
+                continue
             if self.session.delay_s:
                 self.paused = True
                 self.later(self.session.delay_s, self.resume, reply)
