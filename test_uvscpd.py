@@ -1054,7 +1054,7 @@ class LimitsTest(DaemonTestCase):
         C> rcvloop
         B> send 96,20,0,0,,0,-
         C< 96,20,0,0,*,#,::0
-        A> clra
+        A> clra         | +OK - All events cleared.
         B> send 96,20,1,0,,0,- ; send 96,20,2,0,,0,- ; send 96,20,3,0,,0,-
         B> send 96,20,4,0,,0,- ; send 96,20,5,0,,0,-
         C< 96,20,1,0,*,#,::0 | 96,20,2,0,*,#,::0 | 96,20,3,0,*,#,::0
