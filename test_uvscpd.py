@@ -36,6 +36,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import errno
+import fcntl
 import io
 import itertools
 import os
@@ -48,8 +49,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
+import tty
 import unittest
 from calendar import timegm
 from collections.abc import Iterator
@@ -1282,6 +1285,560 @@ class ReadmeTest(unittest.TestCase):
     def test_commands(self) -> None:
         self.assertEqual([(names, int(privilege)) for names, privilege in self.rows("command")],
                          [(row.names.split(), row.privilege) for row in uvscpd.COMMANDS])
+
+
+# =============================================================================
+# 15. A real kernel
+# =============================================================================
+# What the kernel and the bus do to the daemon, on interfaces that the tests make
+# for themselves, as root. A slow, dead or broken bus is a pseudo-terminal with
+# the kernel's driver for CAN adapters on serial lines (slcan): its master is the
+# adapter.
+
+needs_root = unittest.skipUnless(CAN and os.geteuid() == 0,
+                                 "UVSCPD_TEST_CAN is not set, or this is not root")
+
+SIOCGIFNAME, SIOCSIFFLAGS, N_SLCAN = 0x8910, 0x8914, 17
+FLOOD = 7000                    # frames, more than the daemon's receive buffer holds
+RETURN_S = 10                   # a bus is back within a second, on slow machines within this
+
+
+def ip(arguments: str) -> None:
+    subprocess.run(["ip", "link", *arguments.split()], check=True, timeout=TIMEOUT)
+
+
+def set_up(name: str, up: bool) -> None:
+    """What `ip link set NAME up` and `down` do, at once."""
+    with socket.socket() as sock:
+        fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), up))
+
+
+def event(vscp_type: int, *data: int) -> str:
+    """The command that sends an event of class 20."""
+    return ",".join(map(str, (f"send 96,20,{vscp_type},0,,0,-", *data)))
+
+
+def seen(vscp_type: int, *data: int) -> str:
+    """The line that the others get."""
+    return ",".join(map(str, (f"96,20,{vscp_type},0,*,#,::0", *data)))
+
+
+def content(line: str) -> tuple[int, ...]:
+    """Type and data of an event line."""
+    fields = line.split(",")
+    return tuple(map(int, (fields[2], *fields[7:])))
+
+
+def event_lines(peer: Peer, count: int) -> list[str]:
+    """The next events of a client in the receive loop."""
+    lines: list[str] = []
+    while len(lines) < count:
+        line = peer.read_line()
+        lines += [line] if line != "+OK" else []
+    return lines
+
+
+class Node:
+    """Another program on the interface."""
+
+    def __init__(self, name: str, listening: bool) -> None:
+        self.sock = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FD_FRAMES, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, uvscpd.SO_RCVBUFFORCE, uvscpd.RECEIVE_BUFFER)
+        if not listening:
+            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
+        self.sock.bind((name,))
+
+    def send(self, vscp_type: int, *data: int) -> None:
+        """Send an event of class 20."""
+        self.sock.send(uvscpd.pack_frame(0x0C140000 | vscp_type << 8, bytes(data)))
+
+    def send_frame(self, can_id: int, data: bytes) -> None:
+        """Send a frame of any kind; the id with its flags."""
+        self.sock.send(uvscpd.FRAME.pack(can_id, len(data), data))
+
+    def send_error(self, code: int, controller: int = 0) -> None:
+        self.send_frame(uvscpd.ERR_FLAG | code, bytes((0, controller, 0, 0, 0, 0, 0, 0)))
+
+    def receive(self, count: int) -> list[tuple[int, ...]]:
+        """Type and data of so many frames."""
+        frames = [uvscpd.FRAME.unpack(self.sock.recv(72)) for _ in range(count)]
+        return [(can_id >> 8 & 0xFF, *data[:length]) for can_id, length, data in frames]
+
+
+class SerialAdapter:
+    """A CAN adapter on a serial line. It takes a frame when it is told to."""
+
+    def __init__(self) -> None:
+        self.end, self.line = os.openpty()
+        tty.setraw(self.line)
+        fcntl.ioctl(self.line, termios.TIOCSETD, struct.pack("i", N_SLCAN))
+        self.name = fcntl.ioctl(self.line, SIOCGIFNAME, bytes(16)).rstrip(b"\0").decode()
+        self.text = ""
+        set_up(self.name, True)
+
+    def put(self, *lines: str) -> None:
+        os.write(self.end, "".join(line + "\r" for line in lines).encode())
+
+    def take(self, count: int) -> list[tuple[int, ...]]:
+        """Type and data of the next so many frames: T0C140300523 is (3, 2, 3)."""
+        while self.text.count("\r") < count:
+            if not select.select([self.end], [], [], TIMEOUT)[0]:
+                raise AssertionError(f"not {count} frames, but {self.text!r}")
+            self.text += os.read(self.end, 64).decode()
+        *frames, self.text = self.text.split("\r", count)
+        assert all(re.fullmatch("T0C14..00[0-8](..)*", frame) for frame in frames), frames
+        return [(int(frame[5:7], 16), *bytes.fromhex(frame[10:])) for frame in frames]
+
+    def unplug(self) -> None:
+        os.close(self.end)
+        os.close(self.line)
+
+
+@needs_root
+class KernelTestCase(DaemonTestCase):
+    """Tests with an interface and a daemon on it."""
+
+    name: ClassVar[str] = "vcan7"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.plug_in()
+        cls.start()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        super().tearDownClass()
+        cls.unplug()
+
+    @classmethod
+    def start(cls) -> None:
+        cls.daemon = DaemonProcess("-c", cls.name, *cls.ARGUMENTS, JOURNAL_STREAM="8:1")
+
+    @classmethod
+    def plug_in(cls) -> None:
+        ip(f"add dev {cls.name} up type vcan")
+
+    @classmethod
+    def unplug(cls) -> None:
+        ip(f"del {cls.name}")
+
+    def go_up(self) -> None:
+        set_up(self.name, True)
+
+    def go_down(self) -> None:
+        set_up(self.name, False)
+
+    def connect(self, greeting: str = "") -> Peer:
+        peer = Peer(self.daemon.port)
+        self.addCleanup(peer.__exit__)
+        peer.expect("...", "...", greeting or f"+OK - Success, connected to {self.name}")
+        return peer
+
+    def node(self, listening: bool = False) -> Node:
+        node = Node(self.name, listening)
+        self.addCleanup(node.sock.close)
+        return node
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Meanwhile the daemon does not run."""
+        process = self.daemon.process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+    def retrieve(self, peer: Peer) -> list[tuple[int, ...]]:
+        """Type and data of all events that are there for a client."""
+        *lines, final = peer.ask("retr 100000")
+        self.assertEqual(final, "-OK - No event(s) available")
+        return [content(line) for line in lines]
+
+    def stat(self, peer: Peer) -> list[int]:
+        return [int(number) for number in peer.ask("stat")[0].split(",")]
+
+    def await_state(self, peer: Peer, text: str) -> None:
+        """Wait until INFO says so."""
+        deadline = time.monotonic() + RETURN_S
+        while f',"{text}"' not in peer.ask("info")[0]:
+            self.assertLess(time.monotonic(), deadline, peer.heard[-2])
+
+    def assert_idle(self, peer: Peer) -> None:
+        """The daemon has nothing to do while a client in the receive loop hears nothing."""
+        def cpu_s() -> float:
+            with open(f"/proc/{self.daemon.process.pid}/stat", encoding="ascii") as file:
+                fields = file.read().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        cpu_before, before = cpu_s(), time.monotonic()
+        peer.expect("+OK", "+OK")
+        self.assertLess(cpu_s() - cpu_before, 0.3 * (time.monotonic() - before))
+
+    def assert_senders_known(self, *peers: Peer) -> None:
+        """Events of the same content from everybody: each client gets all but his own."""
+        node = self.node()
+        for peer in peers:
+            peer.ask("clra")
+        for sender in [*peers, None] * 3:
+            if sender:
+                self.assertEqual(sender.ask(event(7)), ["+OK"])
+            else:
+                node.send(7)
+            self.assertEqual([self.retrieve(peer) for peer in peers],
+                             [[] if peer is sender else [(7,)] for peer in peers])
+
+    def assert_log(self, wanted: list[str]) -> None:
+        """End the daemon; besides connections it has logged this."""
+        log = self.daemon.stop().splitlines()
+        self.assertEqual([line for line in log
+                          if not re.search("connected|listening|stopped", line)], wanted)
+
+
+class FramesTest(KernelTestCase):
+    def filter(self, peer: Peer, vscp_type: int) -> None:
+        for command in (f"sflt 0,20,{vscp_type}", "smsk 0,0x1FF,0xFF"):
+            self.assertEqual(peer.ask(f"{command},{GUIDS[0][0]}"), ["+OK"])
+
+    def test_frames_of_every_kind(self) -> None:
+        a, node = self.connect(), self.node()
+        ids = (("0,0,0,0,*,#,::0", 0), ("96,20,3,0,*,#,::5", 0x0C140305),
+               ("240,511,255,0,*,#,::FF", 0x1FFFFFFF))
+        data = bytes(range(248, 256))
+        with self.stopped():                # so the time can only be the kernel's
+            before = time.time_ns() // 1000
+            for length in range(9):
+                for _, can_id in ids:
+                    extended = can_id | uvscpd.EFF_FLAG
+                    node.send_frame(can_id & 0x7FF, data[:length])
+                    node.send_frame(extended | uvscpd.RTR_FLAG, data[:length])
+                    node.send_error(0x008)                              # a protocol error
+                    node.sock.send(struct.pack("=IB3x64s", extended, length, data))     # CAN FD
+                    node.send_frame(extended, data[:length])
+            after = time.time_ns() // 1000
+        a.send("retr 100")
+        for length in range(9):
+            for start, _ in ids:
+                a.expect(",".join([start, *map(str, data[:length])]))
+                fields = a.heard[-1].split(",")
+                time_us = before + (int(fields[5]) - before & 0xFFFFFFFF)
+                self.assertTrue(before <= time_us <= after, fields)
+                self.assertEqual(fields[4], uvscpd.utc_text(time_us // 1000000))
+                before = time_us
+        a.expect("-OK - No event(s) available")
+        self.assertEqual(a.ask("info"), ['0,0,0,"OK"', "+OK"])
+
+    def test_SEND(self) -> None:
+        a, node = self.connect(), self.node(listening=True)
+        for text, frame, _ in EVENTS:
+            a.ask("send " + text)
+            can_id, data = frame.split("#")
+            self.assertEqual(node.sock.recv(72),
+                             uvscpd.pack_frame(int(can_id, 16), bytes.fromhex(data)))
+
+    def test_one_order_for_everybody(self) -> None:
+        peers = [self.connect() for _ in range(4)]
+        listener, other = self.node(listening=True), self.node()
+        for number, peer in enumerate(peers):
+            peer.send(*(event(number, count) for count in range(100)))
+        for count in range(100):
+            other.send(4, count)
+        for peer in peers:
+            peer.expect(*["+OK"] * 100)
+        order = listener.receive(500)
+        self.assertEqual(sorted(order), [divmod(number, 100) for number in range(500)])
+        for number, peer in enumerate(peers):
+            self.assertEqual(self.retrieve(peer), [each for each in order if each[0] != number])
+
+    def test_unwanted_frames_stay_in_the_kernel(self) -> None:
+        def passed() -> list[int]:
+            """How many frames each of the kernel's filters on the interface has let through."""
+            rows = []
+            for kind in ("all", "fil", "inv", "eff", "sff"):
+                with open(f"/proc/net/can/rcvlist_{kind}", encoding="ascii") as file:
+                    rows += [line.split() for line in file]
+            return [int(row[5]) for row in rows if row[:1] == [self.name]]
+
+        deadline = time.monotonic() + TIMEOUT
+        while passed():                     # clients of another test are still going
+            self.assertLess(time.monotonic(), deadline)
+        a, node = self.connect(), self.node()
+        self.filter(a, 3)
+        for number in range(100):
+            node.send(number % 5)
+        self.assertEqual((passed(), self.retrieve(a)), ([20], [(3,)] * 20))
+        b = self.connect()                  # has no filter
+        node.send(4)
+        node.send(3)
+        self.assertEqual((self.retrieve(a), self.retrieve(b)), ([(3,)], [(4,), (3,)]))
+        for peer in (a, b):
+            self.assertEqual(peer.ask("quit") + [peer.read_line()], ["+OK - bye", "(closed)"])
+        self.assertEqual(passed(), [])
+
+    def test_commands_take_in_what_the_kernel_holds(self) -> None:
+        a, node = self.connect(), self.node()
+        for command, *replies in (
+                ("cdta", "3 ", "+OK"), ("clra", "+OK ..."), ("cdta", "3 ", "+OK"),
+                ("retr 6", *(seen(1, number) for number in (0, 1, 2) * 2), "+OK"),
+                (f"sflt 0,0,9,{GUIDS[0][0]}", "+OK"), (f"smsk 0,0,0xFF,{GUIDS[0][0]}", "+OK")):
+            with self.stopped():
+                for number in range(3):
+                    node.send(1, number)
+                a.send(command)
+            a.expect(*replies)
+        node.send(1, 4)                     # the filter acts on what comes from now on
+        node.send(9)
+        self.assertEqual(self.retrieve(a), [(1, 0), (1, 1), (1, 2)] * 2 + [(9,)])
+
+    def test_full_bus_and_five_clients(self) -> None:
+        peers = [self.connect() for _ in range(5)]
+        for peer in peers:
+            peer.ask("rcvloop")
+        node, start = self.node(), time.monotonic()
+        for number in range(2000):          # 1,000 frames/s of 8 bytes are 125 kbit/s
+            time.sleep(max(0.0, start + number / 1000 - time.monotonic()))
+            node.send(*divmod(number, 256), 2, 3, 4, 5, 6, 7, 8)
+        streams = [event_lines(peer, 2000) for peer in peers]
+        self.assertEqual([content(line)[:2] for line in streams[0]],
+                         [divmod(number, 256) for number in range(2000)])
+        self.assertTrue(all(stream == streams[0] for stream in streams))
+
+
+class SendersTest(KernelTestCase):
+    """Who sent an event, when its content does not tell."""
+
+    def test_everything_comes_back(self) -> None:
+        peers, node = [self.connect() for _ in range(3)], self.node()
+        self.assert_senders_known(*peers)
+        for code in (uvscpd.ERR_BUSOFF, uvscpd.ERR_RESTARTED) * 10:
+            for peer in peers:
+                peer.send(event(7), event(7), event(8))
+            node.send(7)
+            node.send_error(code)           # makes the daemon doubt what is under way
+        for peer in peers:
+            peer.expect(*["+OK"] * 60)
+        for peer in peers:
+            self.assertEqual(sorted(self.retrieve(peer)), [(7,)] * 100 + [(8,)] * 40)
+        self.assert_senders_known(*peers)
+
+    def test_confirmations_lost_in_a_full_receive_buffer(self) -> None:
+        a, b, c = (self.connect() for _ in range(3))
+        node = self.node()
+        with self.stopped():
+            for _ in range(FLOOD):
+                node.send(9)
+            a.send(*[event(7)] * 40)
+            b.send(*[event(7)] * 40)
+        for peer in (a, b):
+            peer.expect(*["+OK"] * 40)
+        self.assertLess(self.retrieve(c).count((7,)), 80, "nothing was lost")
+        self.assert_senders_known(b, a, c)
+
+    def test_interface_goes_under_SENDs(self) -> None:
+        a, b, c = (self.connect() for _ in range(3))
+        for go, come in ((self.go_down, self.go_up), (self.unplug, self.plug_in)):
+            a.send(*[event(7)] * 400)
+            a.expect(*["+OK"] * 50)
+            go()
+            sent = 50 + [a.read_line() for _ in range(350)].count("+OK")
+            come()
+            self.await_state(a, "OK")
+            counts = [len(self.retrieve(peer)) for peer in (a, b, c)]
+            self.assertEqual(counts, [0, counts[1], counts[1]])
+            # Linux drops some in silence while the interface is on its way down.
+            self.assertTrue(50 <= counts[1] <= sent, (counts, sent))
+            self.assert_senders_known(b, a, c)
+
+
+class InterfaceTest(KernelTestCase):
+    MISSING = ("interface vcan7: No such device, "
+               "try: ip link add dev vcan7 type vcan && ip link set vcan7 up")
+    DOWN = "interface vcan7 is down, try: ip link set vcan7 up"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.start()                         # without an interface
+
+    def test_missing_down_deleted(self) -> None:
+        a, b = (self.connect("+OK - waiting for vcan7: No such device") for _ in range(2))
+        a.ask("rcvloop")
+        log = []
+        for go, come, code, reason in (
+                (None, self.plug_in, errno.ENODEV, self.MISSING),
+                (self.go_down, self.go_up, errno.ENETDOWN, self.DOWN),
+                (self.unplug, self.plug_in, errno.ENODEV, self.MISSING)):
+            if go:
+                go()
+            for peer in (a, b):
+                peer.send(event(1))
+                peer.expect(f"-OK - {reason}")
+            trouble = reason.partition(", try")[0]
+            self.assertEqual(b.ask("info"), [f'4,{code},0,"{trouble}"', "+OK"])
+            self.connect(f"+OK - waiting for vcan7: {os.strerror(code)}")
+            self.assert_idle(a)
+            come()
+            self.await_state(b, "OK")
+            self.node().send(1, 2)
+            self.assertEqual(b.ask(event(3)), ["+OK"])
+            a.expect(seen(1, 2), seen(3))
+            a.send(event(4))
+            a.expect("+OK")
+            self.assertEqual(self.retrieve(b), [(1, 2), (4,)])
+            log += [f"<4>{reason}", f"<6>vcan7: the bus is back, was: {trouble}"]
+        self.assert_log(log)
+
+
+class ErrorFrameTest(KernelTestCase):
+    STEPS = (           # error classes, data[1]; status and text of INFO; start of STAT
+        (0x004, 0x08, 1, "error warning", [0, 1, 0]),
+        (0x004, 0x20, 2, "error passive", [0, 2, 0]),
+        (0x040, 0x00, 3, "bus off", [1, 2, 0]),
+        (0x100, 0x00, 0, "OK", [1, 2, 0]),
+        (0x004, 0x10, 2, "error passive", [1, 3, 0]),
+        (0x204, 0x40, 0, "OK", [1, 3, 0]),
+        (0x040, 0x00, 3, "bus off", [2, 3, 0]),
+        (0x004, 0x40, 0, "OK", [2, 3, 0]),
+        (0x020, 0x00, 1, "nobody acknowledges", [2, 4, 0]),
+    )
+
+    def test_states_of_the_controller(self) -> None:
+        a, node = self.connect(), self.node()
+        log, before = [], "OK"
+        for code, controller, status, text, counts in self.STEPS:
+            for _ in range(3):              # what is told again is no change
+                node.send_error(code, controller)
+                a.ask("cdta")               # takes it in
+            with self.subTest(text, code=code):
+                info = f'{status},{code},{controller},"{text}"' if status else '0,0,0,"OK"'
+                self.assertEqual(a.ask("info"), [info, "+OK"])
+                self.assertEqual(self.stat(a)[:3], counts)
+            advice = ("ip link set vcan7 down && ip link set vcan7 up" if text == "bus off"
+                      else "wiring, bit rate, other nodes")
+            log.append(f"<4>vcan7: {text}, try: {advice}" if status
+                       else f"<6>vcan7: the bus is back, was: {before}")
+            before = text
+        node.send(1)                        # so there is somebody who acknowledges
+        self.assertEqual(self.retrieve(a), [(1,)])
+        self.assertEqual(a.ask("info"), ['0,0,0,"OK"', "+OK"])
+        node.send_error(0x004, 0x01)        # a frame was lost in the controller
+        node.send_error(0x004, 0x01)
+        a.ask("cdta")
+        self.assertEqual(self.stat(a)[:3], [2, 4, 2])
+        self.assert_log([*log, "<6>vcan7: the bus is back, was: nobody acknowledges"])
+
+
+class OverrunTest(KernelTestCase):
+    ARGUMENTS = ("--buffer", "100")
+
+    def test_frames_that_the_kernel_drops(self) -> None:
+        a, b, node = self.connect(), self.connect(), self.node()
+        b.ask("rcvloop")
+        with self.stopped():
+            for number in range(FLOOD):
+                node.send(number >> 8, number & 0xFF)
+        self.assertEqual(a.ask("cdta")[0], "100 ")
+        node.send(255)                      # with this one the kernel tells what it dropped
+        events = {a: self.retrieve(a), b: []}
+        while events[b][-1:] != [(255,)]:
+            events[b] += map(content, event_lines(b, 1))
+        for peer, got in events.items():
+            self.assertEqual(len(got) + self.stat(peer)[2], FLOOD + 1)
+            self.assertEqual(got, sorted(got))
+        self.assertEqual(len(events[a]), 100)
+        self.assertLess(self.stat(a)[4], FLOOD, "the kernel dropped nothing")
+        self.assertEqual(self.stat(self.connect())[2], 0)
+
+
+class SerialLineTest(KernelTestCase):
+    adapter: ClassVar[SerialAdapter]
+
+    @classmethod
+    def plug_in(cls) -> None:
+        cls.adapter = SerialAdapter()
+        cls.name = cls.adapter.name
+
+    @classmethod
+    def unplug(cls) -> None:
+        cls.adapter.unplug()
+
+    def test_text_on_the_line(self) -> None:
+        a = self.connect()
+        self.adapter.put("T0C1403053000123")
+        a.await_events(1)
+        a.send("retr", event(3, 0, 1, 35))
+        a.expect("96,20,3,0,*,#,::5,0,1,35", "+OK", "+OK")
+        self.assertEqual(self.adapter.take(1), [(3, 0, 1, 35)])
+
+    def test_slow_bus(self) -> None:
+        a, b = self.connect(), self.connect()
+        events = [divmod(number, 256) for number in range(300)]
+        a.send(*(event(*each) for each in events))
+        frames = self.adapter.take(100)
+        self.assertEqual(b.ask("noop"), ["+OK"])            # while A waits for room
+        for _ in range(200):
+            time.sleep(1 / 400)                             # the bus takes no more than this
+            frames += self.adapter.take(1)
+        self.assertEqual(frames, events)
+        a.expect(*["+OK"] * 300)
+        self.assertEqual(self.retrieve(b), events)
+
+    def test_dead_bus(self) -> None:
+        a, b, c = (self.connect() for _ in range(3))
+        refusal = f"-OK - {self.name} takes no more frames: ..."
+        start = time.monotonic()
+        a.send(*(event(1, number) for number in range(14)))
+        sent = 0
+        while a.read_line() == "+OK":
+            sent += 1
+        self.assertGreaterEqual(sent, 10)                   # the length of the transmit queue
+        b.send(event(2), "noop")
+        b.expect(refusal, "+OK")
+        a.expect(*[refusal] * (13 - sent))
+        self.assertGreater(time.monotonic() - start, 0.9 * (14 - sent))
+        a.send(event(3))
+        frames = [*((1, number) for number in range(sent)), (3,)]
+        self.assertEqual(self.adapter.take(sent + 1), frames)
+        a.expect("+OK")
+        a.ask(event(4))
+        self.assertEqual(self.adapter.take(1), [(4,)])      # and none that was refused
+        self.assertEqual(self.retrieve(c), [*frames, (4,)])
+
+    def test_bus_off(self) -> None:
+        a, b = self.connect(), self.connect()
+        self.adapter.put("sb256256")
+        self.await_state(a, "bus off")
+        refusal = a.ask(event(1))[0]
+        self.assertRegex(refusal, "-OK - bus off, try: ")
+        # The controller is well again, but until the interface has been down Linux gives it no
+        # frames, it drops them.
+        self.adapter.put("sa000000", "T0C1402000")
+        b.await_events(1)
+        self.assertRegex(a.ask(event(1))[0], "-OK - ")
+        subprocess.run(refusal.partition(", try: ")[2], shell=True, check=True, timeout=TIMEOUT)
+        self.await_state(a, "OK")
+        self.assertEqual(a.ask(event(3)), ["+OK"])
+        self.assertEqual(self.adapter.take(1), [(3,)])
+        self.assertEqual(self.retrieve(b), [(2,), (3,)])
+
+    def test_unplugged(self) -> None:
+        a, b = self.connect(), self.connect()
+        a.ask("rcvloop")
+        self.unplug()
+        self.await_state(b, f"interface {self.name}: No such device")
+        self.assertRegex(b.ask(event(1))[0], f"-OK - .*try: ip link set {self.name} up")
+        self.assert_idle(a)
+        name = self.name
+        self.plug_in()
+        self.assertEqual(self.name, name)
+        self.await_state(b, "OK")
+        self.adapter.put("T0C1402000")
+        a.expect(seen(2))
+        self.assertEqual(b.ask(event(3)), ["+OK"])
+        a.expect(seen(3))
+        self.assertEqual(self.adapter.take(1), [(3,)])
+        self.assertEqual(self.retrieve(b), [(2,)])
 
 
 def main() -> None:

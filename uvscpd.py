@@ -164,7 +164,6 @@ SO_RXQ_OVFL = 40
 MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
 SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFHWADDR = 0x8913, 0x8915, 0x8927
 IFF_UP = 0x1
-IFF_RUNNING = 0x40              # has a carrier; goes when a controller is bus off
 ANCILLARY_SIZE = 128            # bytes; a timestamp and a drop count need 56
 TIMESTAMP = {SO_TIMESTAMPNS_NEW: struct.Struct("=qq"), SO_TIMESTAMPNS_OLD: struct.Struct("@ll")}
 
@@ -577,7 +576,7 @@ class Session:
             return ok(text=f"no {what} configured")
         if not given:
             raise VscpError(f"please supply {missing}")
-        from hmac import compare_digest     # slow to import, and rarely needed
+        from hmac import compare_digest  # slow to import, and rarely needed
         if compare_digest(given, logins[what]):
             self.proved.add(what)
             if self.privilege() == LOGGED_IN:
@@ -1023,9 +1022,13 @@ class SocketCan(Bus):
     def has_carrier(self) -> bool:
         """Whether Linux gives frames to the controller; if not, it drops them in silence."""
         try:
-            return bool(self.flags() & IFF_RUNNING)
+            # The interface's flag IFF_RUNNING says the same, but up to a second later.
+            with open(f"/sys/class/net/{self.name}/carrier", encoding="ascii") as file:
+                return file.read() != "0\n"
+        except FileNotFoundError:
+            return True         # send will tell what is wrong
         except OSError:
-            return False
+            return False        # it is down
 
     # --- frames ---
 
