@@ -206,31 +206,13 @@ class BusFull(BusError):
 
 
 # =============================================================================
-# 5. Events and GUIDs
+# 5. Numbers and GUIDs
 # =============================================================================
-# Text to values and back, as in the VSCP daemon's TCP/IP interface description:
-#
-#     head,class,type,obid,datetime,timestamp,GUID,data0,data1,...
-#
-# obid, datetime and timestamp of an event that a client sends are not looked
-# at: CAN carries none of them.
+# The fields of commands and events: text to values and back.
 
 GUID_ZERO = bytes(16)
 
 
-class Event(NamedTuple):
-    """An event as a client gives it."""
-
-    head: int           # 0-0xFFFF; bits 7-5 priority (0 highest), bit 4 hard-coded
-    vscp_class: int     # 0-1023, from 512 on Level I mirrored as Level II
-    vscp_type: int      # 0-255
-    guid: bytes         # 16 bytes
-    data: bytes         # 0-24 bytes
-
-
-# Programs send the same numbers and GUIDs again and again: SEND takes a third less
-# time when they are looked up.
-@lru_cache(maxsize=1024)
 def parse_number(text: str, limit: int, what: str) -> int:
     """The value of a decimal or 0x-hexadecimal number from 0 to limit.
 
@@ -250,7 +232,6 @@ def parse_number(text: str, limit: int, what: str) -> int:
     return value
 
 
-@lru_cache(maxsize=256)
 def parse_guid(text: str) -> bytes:
     """The 16 bytes of a GUID written as 16 hexadecimal numbers between colons.
 
@@ -287,30 +268,8 @@ def parse_event_guid(text: str) -> bytes:
     return GUID_ZERO if text in ("", "-") else parse_guid(text)
 
 
-def parse_event(text: str) -> Event:
-    """The event that a client gives to SEND.
-
-    Raises VscpError when a field is missing, malformed or out of range. Newer
-    clients give heads of 16 bits, of which CAN carries bits 7-4.
-
-    >>> parse_event("96,20,3,0,,0,-,0,1,0x23")[:3]
-    (96, 20, 3)
-    """
-    fields = text.split(",")
-    if len(fields) < 7:
-        raise VscpError("an event is head,class,type,obid,datetime,timestamp,GUID,data...")
-    if len(fields) > 7 + 24:
-        raise VscpError("too many data bytes")
-    return Event(
-        head=parse_number(fields[0], 0xFFFF, "head"),
-        vscp_class=parse_number(fields[1], 1023, "class"),
-        vscp_type=parse_number(fields[2], 255, "type"),
-        guid=parse_event_guid(fields[6]),
-        data=bytes(parse_number(field, 255, "data byte") for field in fields[7:]))
-
-
 # =============================================================================
-# 6. CAN frames
+# 6. Events and CAN frames
 # =============================================================================
 # An event on CAN is an extended data frame. Its id (VSCP specification, Level I
 # on CAN):
@@ -318,7 +277,12 @@ def parse_event(text: str) -> Event:
 #     bits  28-26      25           24-16   15-8   7-0
 #           priority   hard_coded   class   type   nickname of the sender
 #
-# so head = (can_id >> 21) & 0xF0.
+# As text (VSCP daemon, TCP/IP interface):
+#
+#     head,class,type,obid,datetime,timestamp,GUID,data0,data1,...
+#
+# so head = (can_id >> 21) & 0xF0. What is the same again and again, ids and bytes,
+# is looked up and not made anew: SEND and event lines take half the time.
 
 class Frame(NamedTuple):
     """A frame that has been on the bus."""
@@ -326,7 +290,7 @@ class Frame(NamedTuple):
     can_id: int                 # 29 bits, without flags
     data: bytes                 # 0-8 bytes
     time_us: int                # microseconds since 1970, when the kernel received it
-    sender: Session | None   # the client that sent it, None for the bus
+    sender: Session | None      # the client that sent it, None for the bus
 
 
 def pack_frame(can_id: int, data: bytes) -> bytes:
@@ -334,29 +298,56 @@ def pack_frame(can_id: int, data: bytes) -> bytes:
     return FRAME.pack(can_id | EFF_FLAG, len(data), data)
 
 
-def event_to_can(event: Event, guid: bytes) -> tuple[int, bytes]:
-    """The CAN id (29 bits) and the data (0-8 bytes) of an event sent by a client.
+BYTE_TEXT = [f",{byte}" for byte in range(256)]
+BYTE_VALUE = {text[1:]: byte for byte, text in enumerate(BYTE_TEXT)}
 
-    A class from 512 on is a Level I event mirrored as Level II: the first 16
-    data bytes are the GUID of the interface that it is meant for. Bytes 0-13
-    must be those of `guid`, the client's. Raises VscpError if they are not, and
-    for more than 8 data bytes. The nickname is the last byte of the event's
-    GUID (VSCP specification; the C uvscpd always sends 0).
 
-    >>> can_id, data = event_to_can(parse_event("96,20,3,0,,0,-,0,1,35"), GUID_ZERO)
+@lru_cache(maxsize=4096)
+def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> tuple[int, bool]:
+    """The CAN id that four fields of an event make, and whether it mirrors Level I.
+
+    Newer clients give heads of 16 bits, of which CAN carries bits 7-4. The
+    nickname is the last byte of the GUID (VSCP specification; the C uvscpd
+    always sends 0).
+
+    >>> parse_id("96", "20", "3", "-") == (0x0C140300, False)
+    True
+    """
+    number = parse_number(vscp_class, 1023, "class")
+    can_id = (parse_number(head, 0xFFFF, "head") & 0xF0) << 21 | (number & 0x1FF) << 16
+    can_id |= parse_number(vscp_type, 255, "type") << 8 | parse_event_guid(guid)[15]
+    return can_id, number > 511
+
+
+def parse_event(text: str, guid: bytes) -> tuple[int, bytes]:
+    """The CAN id (29 bits) and the data (0-8 bytes) of an event that a client sends.
+
+    obid, datetime and timestamp are not looked at: CAN carries none of them. A
+    class from 512 on is a Level I event mirrored as Level II: the first 16 data
+    bytes are the GUID of the interface that it is meant for, bytes 0-13 of which
+    must be those of `guid`, the client's. Raises VscpError when they are not, or
+    when a field is missing, malformed or out of range.
+
+    >>> can_id, data = parse_event("96,20,3,0,,0,-,0,1,0x23", GUID_ZERO)
     >>> f"{can_id:08X}#{data.hex()}"
     '0C140300#000123'
     """
-    vscp_class, data = event.vscp_class, event.data
-    if vscp_class > 511:
+    fields = text.split(",")
+    if len(fields) < 7:
+        raise VscpError("an event is head,class,type,obid,datetime,timestamp,GUID,data...")
+    can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
+    try:
+        data = bytes([BYTE_VALUE[field] for field in fields[7:]])
+    except KeyError:
+        data = bytes([parse_number(field, 255, "data byte") for field in fields[7:]])
+    if mirrored:
         if len(data) < 16:
             raise VscpError("class 512-1023 needs the interface's GUID in 16 data bytes")
         if data[:14] != guid[:14]:
             raise VscpError("no interface with this GUID here")
-        vscp_class, data = vscp_class - 512, data[16:]
+        data = data[16:]
     if len(data) > 8:
         raise VscpError("too many data bytes")
-    can_id = (event.head & 0xF0) << 21 | vscp_class << 16 | event.vscp_type << 8 | event.guid[15]
     return can_id, data
 
 
@@ -371,10 +362,6 @@ def id_text(can_id: int) -> tuple[str, str]:
 def utc_text(seconds: int) -> str:
     """The UTC date and time, without a zone letter, of seconds since 1970."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-
-
-# A byte's text is looked up, not made again: half the time that formatting the data takes.
-BYTE_TEXT = [f",{byte}" for byte in range(256)]
 
 
 def format_event(frame: Frame) -> tuple[str, str]:
@@ -666,7 +653,7 @@ class Session:
     # --- privilege 4 and 6 ---
 
     def do_send(self, text: str) -> str:
-        can_id, data = event_to_can(parse_event(text), self.guid)
+        can_id, data = parse_event(text, self.guid)
         self.daemon.bus.send(can_id, data, self)
         self.tx_frames += 1
         self.tx_bytes += 4 + len(data)
@@ -867,18 +854,19 @@ class OwnFrames:
         self.doubtful.extend(frame for frame in self.pending if lost(frame))
         self.pending = deque(frame for frame in self.pending if not lost(frame))
 
-    def claim(self, frame: Frame) -> Session | None:
-        """The sender of a frame that came back, None when nobody knows."""
+    def claim(self, frame: Frame) -> Frame | None:
+        """The frame that came back with its sender, None when nobody remembers it."""
         for own in self.pending:
             if own[:2] == frame[:2] and own.time_us <= frame.time_us:
                 while self.pending[0] is not own:
                     self.doubtful.append(self.pending.popleft())
-                return self.pending.popleft().sender
+                self.pending.popleft()
+                return frame._replace(sender=own.sender)
         # Of two that are alike the older one is the lost one.
         for own in reversed(self.doubtful):
             if own[:2] == frame[:2]:
                 self.doubtful.remove(own)
-                return own.sender
+                return frame._replace(sender=own.sender)
         return None
 
 
@@ -1034,7 +1022,7 @@ class SocketCan(Bus):
 
     def set_filters(self, wanted: list[tuple[int, int]], own: bool) -> None:
         self.wanted, self.own_wanted = wanted, own
-        self.own.doubt(lambda frame: not self.comes_back(frame.can_id))
+        self.own.doubt(lambda frame: not self.passes(frame.can_id))
         if self.sock is None:
             return
         try:
@@ -1043,16 +1031,16 @@ class SocketCan(Bus):
         except OSError as error:            # the interface goes at this very moment
             self.on_away(error.errno or errno.EIO)
 
-    def comes_back(self, can_id: int) -> bool:
-        """Whether the kernel gives back a frame that was sent."""
-        return self.own_wanted and any(can_id & mask == value for value, mask in self.wanted)
+    def passes(self, can_id: int) -> bool:
+        """Whether the kernel's filter lets a frame through."""
+        return any(can_id & mask == value for value, mask in self.wanted)
 
     def send(self, can_id: int, data: bytes, sender: Session | None) -> None:
         if self.sock is None:
             raise BusError(self.trouble())
         if self.state.status == BUS_OFF and not self.has_carrier():
             raise BusFull(self.trouble())
-        frame = Frame(can_id, data, time.time_ns() // 1000, sender)
+        sent_us = time.time_ns() // 1000 if self.own_wanted else 0
         try:
             self.sock.send(pack_frame(can_id, data))
         except OSError as error:
@@ -1061,7 +1049,8 @@ class SocketCan(Bus):
                               "bus off, or too much traffic") from None
             self.on_away(error.errno or errno.EIO)
             raise BusError(self.trouble()) from None
-        self.own.add(frame, self.comes_back(can_id))
+        if self.own_wanted:
+            self.own.add(Frame(can_id, data, sent_us, sender), self.passes(can_id))
 
     def trouble(self) -> str:
         """What is wrong with the bus and what helps, for a person."""
@@ -1092,9 +1081,12 @@ class SocketCan(Bus):
                     continue
                 if self.state is not BUS_WELL:
                     self.on_traffic(bool(flags & MSG_CONFIRM))
-                if flags & MSG_CONFIRM:
-                    frame = frame._replace(sender=self.own.claim(frame))
-                frames.append(frame)
+                if not flags & MSG_CONFIRM:
+                    frames.append(frame)
+                    continue
+                own = self.own.claim(frame)
+                if own is not None:     # else it was sent when there was nobody else to get it
+                    frames.append(own)
         except BlockingIOError:
             pass                # the kernel has no more
         except OSError as error:
@@ -1194,7 +1186,8 @@ class Client:
         self.work_due = False               # a timer will call work
         self.paused = False                 # a reply is held back
         self.dirty = False                  # to be flushed at the end of this turn
-        self.leaving = False                # only a last reply is still to arrive
+        self.leaving = False                # only a last reply is still to arrive ...
+        self.leave_by = 0.0                 # ... until then
         self.ended = False                  # the peer sends no more
         self.closed = False
 
@@ -1414,7 +1407,7 @@ class Client:
             self.streaming = False
             self.lines.clear()
             self.daemon.on_leaving(self)
-            self.later(LINGER_S, self.daemon.drop, self, "")
+            self.leave_by = time.monotonic() + LINGER_S
             self.mark_dirty()
 
     def shut_down(self) -> None:
@@ -1474,10 +1467,9 @@ class Daemon:
         """Serve until stop is called."""
         signal.set_wakeup_fd(self.wake_up_end.fileno())
         notify("READY=1")
-        if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-            watchdog_us = int(os.environ.get("WATCHDOG_USEC", "0"))
-            if watchdog_us:
-                self.feed_watchdog(watchdog_us / 2000000)
+        watchdog_us = os.environ.get("WATCHDOG_USEC", "")
+        if watchdog_us.isdecimal() and os.environ.get("WATCHDOG_PID") in (None, str(os.getpid())):
+            self.feed_watchdog(int(watchdog_us) / 2000000)
         self.check_bus()
         while not self.stopping:
             timeout = None
@@ -1535,9 +1527,12 @@ class Daemon:
     # --- from the bus to the clients ---
 
     def check_bus(self) -> None:
-        """Twice a second: bring back a bus that was away, tell systemd how we are."""
+        """Twice a second: bring back a bus that was away, end what lingers, tell systemd."""
         self.bus.check()
         self.watch_bus()
+        now = time.monotonic()
+        for client in [client for client in self.leaving if client.leave_by < now]:
+            self.drop(client, "")
         status = f"STATUS={self.bus.name}: {self.bus.state.text}, {len(self.clients)} clients"
         if status != self.status:
             self.status = status
@@ -1642,11 +1637,11 @@ class Daemon:
 
     def address_for(self, data: bytes) -> str | None:
         """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
+        if data and data[0] != 0:
+            return None         # it does not speak TCP/IP
         bound = ipaddress.ip_address(self.listener.getsockname()[0].partition("%")[0])
         if not bound.is_unspecified:
             return str(bound) if bound.version == 4 else None
-        if data and data[0] != 0:
-            return None         # it does not speak TCP/IP
         node = socket.inet_ntoa(data[1:5]) if len(data) >= 5 else "192.0.2.1"
         return address_towards(node)
 
@@ -1901,8 +1896,9 @@ def login_argument(text: str) -> str:
 
 def pattern_argument(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str:
     """A network, or a lower-case pattern where `*` stands for anything."""
-    part = r"(\*|[0-9]{1,3})" if "." in text else r"(\*|[0-9a-f]{0,4})"
-    if "*" in text and re.fullmatch(rf"{part}([.:]{part}){{0,8}}", text.lower()):
+    byte, word = r"(\*|25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})", r"(\*|[0-9a-f]{0,4})"
+    if "*" in text and re.fullmatch(rf"{byte}(\.{byte}){{0,3}}|{word}(:{word}){{0,7}}",
+                                    text.lower()):
         return text.lower()
     try:
         return ipaddress.ip_network(text, strict=False)
