@@ -5,6 +5,9 @@
     python3 test_uvscpd.py                          all tests, on the virtual bus
     python3 test_uvscpd.py CommandTest              one class, or Class.test
     UVSCPD_TEST_CAN=vcan0 python3 test_uvscpd.py    all tests, on a SocketCAN interface
+    python3 test_uvscpd.py fuzz [SECONDS [SEED]]    hostile lines
+    python3 test_uvscpd.py soak [SECONDS [IFACE]]   full load, clients come and go
+    python3 test_uvscpd.py bench [IFACE [SECONDS]]  a table of figures
 
 Most tests of the protocol are transcripts of what clients A, B ... send and get:
 
@@ -42,7 +45,9 @@ import itertools
 import os
 import random
 import re
+import resource
 import select
+import selectors
 import signal
 import socket
 import struct
@@ -55,8 +60,9 @@ import time
 import tty
 import unittest
 from calendar import timegm
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
+from unittest import mock
 
 import uvscpd
 
@@ -334,6 +340,126 @@ def load_tests(_loader: unittest.TestLoader, tests: unittest.TestSuite,
     """The examples in the docstrings of uvscpd.py are tests, too."""
     tests.addTests(doctest.DocTestSuite(uvscpd))
     return tests
+
+
+MEGABYTE = 1 << 20
+
+
+def memory(daemon: DaemonProcess) -> int:
+    """The most resident memory that it has had, in bytes."""
+    with open(f"/proc/{daemon.process.pid}/status", encoding="ascii") as file:
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", file.read())[0]) * 1024
+
+
+def descriptors(daemon: DaemonProcess) -> int:
+    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+
+
+def await_descriptors(daemon: DaemonProcess, most: int, peer: Peer) -> None:
+    """Wait until there are no more; `peer` gives the daemon its turns."""
+    deadline = time.monotonic() + TIMEOUT
+    while descriptors(daemon) > most:
+        if peer.ask("noop") != ["+OK"] or time.monotonic() > deadline:
+            raise AssertionError(f"{descriptors(daemon)} descriptors, not {most}")
+
+
+def cpu_time(daemon: DaemonProcess) -> float:
+    """Seconds of processor time used."""
+    with open(f"/proc/{daemon.process.pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def number_text(number: int) -> str:
+    """A number as four data bytes of an event."""
+    return ",".join(map(str, number.to_bytes(4, "big")))
+
+
+def send_events(peer: Peer, numbers: Iterable[int]) -> None:
+    """Send numbered events; the replies are not read."""
+    peer.sock.sendall("".join(f"send 96,20,3,0,,0,-,{number_text(number)}\n"
+                              for number in numbers).encode())
+
+
+def read_numbers(peer: Peer, last: int) -> list[int]:
+    """The numbers of the events that come up to this one; signs of life are left out."""
+    numbers = [-1]
+    while numbers[-1] < last:
+        line = peer.file.readline()
+        if not line.endswith(b"\r\n"):
+            raise AssertionError(f"a line without CR LF behind event {numbers[-1]}: {line!r}")
+        if line != b"+OK\r\n":
+            numbers.append(int.from_bytes(map(int, line.split(b",")[-4:]), "big"))
+    return numbers[1:]
+
+
+def visit(port: int, manner: tuple[bool, ...]) -> None:
+    """Connect and go without a word of farewell, in one of 16 manners."""
+    commands, wait, half_close, reset = manner
+    with socket.create_connection(("127.0.0.1", port), TIMEOUT) as sock:
+        if commands:
+            sock.sendall(b"rcvloop\nhelp\nno line end")
+        if wait:
+            sock.recv(1)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+MANNERS = list(itertools.product((False, True), repeat=4))
+
+
+class NarrowPeer(Peer):
+    """A client whose connection holds only some kilobytes that it has not read."""
+
+    def __init__(self, port: int) -> None:
+        with mock.patch("socket.create_connection", self.dial):
+            super().__init__(port)
+        self.expect("uvscpd.py ...", "...", "+OK - ...")
+
+    @staticmethod
+    def dial(address: tuple[str, int], timeout: float) -> socket.socket:
+        sock = socket.socket()
+        sock.settimeout(timeout)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        sock.connect(address)
+        return sock
+
+
+class OwnDaemonTestCase(unittest.TestCase):
+    """Tests that start daemons as they need them."""
+
+    def start(self, *arguments: str, **options: Any) -> DaemonProcess:
+        daemon = DaemonProcess(*arguments, **options)
+        self.addCleanup(daemon.stop)
+        return daemon
+
+    def connect(self, daemon: DaemonProcess, host: str = "127.0.0.1") -> Peer:
+        """A client that has been greeted; closed when the test ends."""
+        peer = daemon.connect(host)
+        self.addCleanup(peer.__exit__)
+        return peer
+
+    def inside(self, *arguments: str) -> uvscpd.Daemon:
+        """A daemon in this process; nothing runs but what the test calls."""
+        options = uvscpd.parse_arguments(["-i", "127.0.0.1", *arguments])
+        listener = uvscpd.listen(options.ip, 0)
+        daemon = uvscpd.Daemon(options, listener, uvscpd.Bus(":virtual:"))
+        for thing in (daemon, daemon.selector, daemon.wake_up, daemon.wake_up_end):
+            self.addCleanup(thing.close)
+        return daemon
+
+    def assert_bad_argument(self, option: str, value: str) -> None:
+        """Refused with exit status 2 and one line."""
+        stderr = io.StringIO()
+        with self.subTest(value), contextlib.redirect_stderr(stderr):
+            with self.assertRaises(SystemExit) as ending:
+                uvscpd.parse_arguments([f"{option}={value}"])
+            self.assertEqual(ending.exception.code, 2)
+            self.assertRegex(stderr.getvalue(), rf"\Auvscpd\.py: .*{option}.+\n\Z")
 
 
 # =============================================================================
@@ -858,6 +984,128 @@ class LoginTest(DaemonTestCase):
                                  row.privilege > 0)
 
 
+NOT_ALLOWED = "-OK - Need to log in to perform this command."
+ALLOWED = "-OK - uvscpd is not capable of restart/shutdown"     # RESTART with privilege 15
+
+
+class GuestTest(DaemonTestCase):
+    ARGUMENTS = ("--guest", "2", "-U", "Admin", "-P", "secRet")
+    TRANSCRIPTS = f"""
+    test_guest_watches_but_does_not_SEND
+        A> user Admin ; pass secRet ; send 96,20,1,0,,0,-,1
+        B= 1
+        B> send 96,20,2,0,,0,-  | {NOT_ALLOWED}
+        B> sgid ::1             | {NOT_ALLOWED}
+        B> retr 2               | 96,20,1,0,*,#,::0,1 | -OK - No event(s) available
+        B> rcvloop
+        A> send 96,20,3,0,,0,-
+        B< 96,20,3,0,*,#,::0
+        A> cdta                 | 0 $ | +OK
+    """
+
+    def test_wrong_USER_or_PASS_logs_out(self) -> None:
+        for wrong, reply in (("user admin", "-OK - invalid user"),
+                             ("pass secret", "-OK - invalid password")):
+            peer = self.connect()
+            peer.send("user Admin", "pass secRet", "restart", wrong, "restart",
+                      "user Admin", "restart", "pass secRet", "restart")
+            peer.expect("+OK", "+OK", ALLOWED, reply, NOT_ALLOWED,
+                        "+OK", NOT_ALLOWED, "+OK", ALLOWED)
+
+
+class AccessTest(OwnDaemonTestCase):
+    def test_privilege_of_every_command(self) -> None:
+        daemon = self.inside()
+        session = uvscpd.Session(daemon, "a client", 0, 0)
+        for level, row in itertools.product(range(16), uvscpd.COMMANDS):
+            with self.subTest(row.names, level=level):
+                daemon.options.guest = level
+                reply = uvscpd.run_command(session, row.names.split()[0] + " x" * row.least)
+                self.assertEqual(reply == NOT_ALLOWED + "\r\n", level < row.privilege)
+
+    def test_only_USER_configured(self) -> None:
+        peer = self.connect(self.start("-U", "Admin", "--guest", "0"))
+        peer.send("restart", "pass x", "restart", "user Admin", "restart")
+        peer.expect(NOT_ALLOWED, "+OK - no password configured", NOT_ALLOWED, "+OK", ALLOWED)
+
+    def test_wrong_logins_are_slow_and_five_are_enough(self) -> None:
+        daemon = self.start("-U", "Admin", "-P", "secRet", "--guest", "0")
+        a, b = self.connect(daemon), self.connect(daemon)
+        begin = time.monotonic()
+        wrong = ["user admin", "pass hunter1", "user root", "pass hunter2", "pass hunter3"]
+        a.send(*wrong, "user Admin")
+        b.send("user Admin", "pass secRet", "chid")         # is served meanwhile
+        b.expect("+OK", "+OK", "0", "+OK")
+        with contextlib.suppress(BlockingIOError):
+            replies = a.sock.recv(1000, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self.assertLess(replies.count(b"\n"), 5)
+        for number, line in enumerate(wrong, 1):
+            a.expect("-OK - invalid user" if line.startswith("user") else "-OK - invalid password")
+            self.assertGreaterEqual(time.monotonic() - begin, 0.5 * number - 0.01)
+        a.expect("(closed)")
+        names = ["{}:{}".format(*peer.sock.getsockname()) for peer in (a, b)]
+        log = daemon.stop()
+        self.assertEqual(log.count(f"{names[0]}: wrong user\n"), 2, log)
+        self.assertEqual(log.count(f"{names[0]}: wrong password\n"), 3, log)
+        self.assertEqual(log.count(f"{names[1]}: logged in\n"), 1, log)
+        self.assertNotRegex(log, "hunter|secRet")
+
+    def test_password_in_a_file(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            name = os.path.join(directory, "arguments")
+            with open(name, "w", encoding="ascii") as file:
+                file.write("--password secRet\n--guest 0\n")
+            daemon = self.start("@" + name)
+        with open(f"/proc/{daemon.process.pid}/cmdline", "rb") as file:
+            self.assertNotIn(b"secRet", file.read())
+        peer = self.connect(daemon)
+        peer.send("restart", "pass secRet", "restart")
+        peer.expect(NOT_ALLOWED, "+OK", ALLOWED)
+
+    PATTERNS = (        # --allow, addresses that may connect, others
+        ("", "127.0.0.1 ::1 192.0.2.1", ""),
+        ("*", "127.0.0.1 ::1 192.0.2.1", ""),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.2 127.0.0.10 ::1"),
+        ("127.0.0.*", "127.0.0.0 127.0.0.255", "127.0.1.0 227.0.0.1 ::1"),
+        ("127.0.0.0/8", "127.0.0.1 127.255.255.255", "128.0.0.0 ::1"),
+        ("192.168.1.8/24", "192.168.1.0 192.168.1.255", "192.168.2.8"),
+        ("::1", "::1", "::2 127.0.0.1 0.0.0.1"),
+        ("::/64", "::1 ::ffff:0:0:1", "0:0:0:1::1 127.0.0.1"),
+        ("FD00:*", "fd00::1 fd00:1::2", "fd01::1 127.0.0.1"),
+        ("10.0.0.1 ::1 127.*", "10.0.0.1 ::1 127.0.0.1", "10.0.0.2 ::2"),
+    )
+    BAD_PATTERNS = ("", "localhost", "127.0.0", "127.0.0.256", "127.0.0.0/33", "127.0.0.0/x",
+                    "127..0.1", "127.0.0.1-5", "127.0.0.1 ", "127.0.0.x*", "::1/129", "::g",
+                    "fd00:*g", "127.0.0.0.*", "256.0.0.*", "127.0:0.*")
+
+    def test_ALLOW_patterns(self) -> None:
+        daemon = self.inside()
+        for patterns, good, bad in self.PATTERNS:
+            options = uvscpd.parse_arguments([f"--allow={text}" for text in patterns.split()])
+            daemon.options.allow = options.allow
+            for host in f"{good} {bad}".split():
+                with self.subTest(patterns, host=host):
+                    self.assertEqual(daemon.allowed(host), host in good.split())
+
+    def test_ALLOW_malformed_patterns(self) -> None:
+        for text in self.BAD_PATTERNS:
+            self.assert_bad_argument("--allow", text)
+
+    def test_ALLOW_on_the_network(self) -> None:
+        # On the socket for both, an IPv4 client counts as IPv4.
+        for pattern, good, bad in (("127.0.0.0/8", "127.0.0.1", "::1"),
+                                   ("::1", "::1", "127.0.0.1")):
+            daemon = self.start("--allow", pattern, ip="")
+            if good == "127.0.0.1" or ipv6_works():
+                self.assertEqual(self.connect(daemon, host=good).ask("noop"), ["+OK"])
+            if bad == "127.0.0.1" or ipv6_works():
+                with Peer(daemon.port, bad) as peer:
+                    port = peer.sock.getsockname()[1]
+                    peer.expect("-OK - Invalid or unknown peer.", "(closed)")
+                name = bad.replace("::1", "[::1]")
+                self.assertIn(f"{name}:{port}: refused: Invalid or unknown peer.", daemon.stop())
+
+
 # =============================================================================
 # 10. Bus
 # =============================================================================
@@ -1079,6 +1327,239 @@ class LimitsTest(DaemonTestCase):
         peers[0].expect("(closed)")
         for peer in (self.connect(), peers[1]):
             self.assertEqual(peer.ask("noop"), ["+OK"])
+
+
+class ClientIdTest(OwnDaemonTestCase):
+    BASE = "FF:FF:FF:FF:FF:FF:FF:F5:1:2:3:4"
+    DATA = "255,255,255,255,255,255,255,245,1,2,3,4"
+
+    def test_twelve_bytes(self) -> None:
+        daemon = self.start("-g", self.BASE)
+        a, b, c = (self.connect(daemon) for _ in range(3))
+        for number, peer in enumerate((a, b, c), 1):
+            peer.send("chid", "ggid")
+            peer.expect(f"{number}", "+OK", f"{self.BASE}:0:{number}:0:0", "+OK")
+        # The id is the obid. The second event is mirrored as Level II, meant for A's interface.
+        a.send("send 96,20,1,0,,0,::5,7", f"send 96,532,2,0,,0,::6,{self.DATA},0,1,0,9,8",
+               f"send 96,532,2,0,,0,::6,{self.DATA},0,2,0,9,8")
+        a.expect("+OK", "+OK", "-OK - ...")
+        c.await_events(2)
+        c.send("retr 2")
+        c.expect(f"96,20,1,1,*,#,{self.BASE}:0:3:0:5,7", f"96,20,2,1,*,#,{self.BASE}:0:3:0:6,8",
+                 "+OK")
+        b.ask("quit")
+        b.expect("(closed)")
+        d = self.connect(daemon)                            # who does not get B's id
+        d.send("interface")
+        d.expect(f"0,1,{self.BASE}:0:4:0:0,{BUS}|Started *",
+                 *("{0},4,{1}:0:{0}:0:0,{2}:{3}|Started *".format(
+                     number, self.BASE, *peer.sock.getsockname())
+                   for number, peer in ((1, a), (3, c), (4, d))), "+OK")
+
+    def test_sixteen_bytes(self) -> None:
+        daemon = self.start("-g", f"{self.BASE}:5:6:7:8")
+        a, b = self.connect(daemon), self.connect(daemon)
+        a.send("chid", "send 96,20,1,0,,0,::9", "interface")
+        a.expect("0", "+OK", "+OK", f"0,1,{self.BASE}:5:6:7:8,{BUS}|Started *", "+OK")
+        b.await_events(1)
+        b.send("retr")
+        b.expect(f"96,20,1,0,*,#,{self.BASE}:5:6:7:9", "+OK")
+
+    def test_id_after_65535(self) -> None:
+        daemon = self.inside("-g", self.BASE)
+        daemon.last_id = 0xFFFE
+        daemon.clients = {mock.Mock(session=mock.Mock(channel_id=number)) for number in (2, 3)}
+        self.assertEqual([daemon.next_channel_id() for _ in range(3)], [0xFFFF, 1, 4])
+
+    def assert_machine_guid(self, kind: str, first: bytes, addresses: set[bytes]) -> None:
+        """One of these addresses, or, where there is none, a bad argument."""
+        if addresses:
+            self.assertIn(uvscpd.guid_argument(kind), {first + address for address in addresses})
+        else:
+            self.assert_bad_argument("--guid", kind)
+
+    MAC, IP = b"\xFF" * 7 + b"\xFE", b"\xFF" * 7 + b"\xFD"
+
+    def test_GUID_of_this_machine(self) -> None:
+        macs = set()
+        for name in os.listdir("/sys/class/net"):
+            with open(f"/sys/class/net/{name}/type", encoding="ascii") as kind, \
+                    open(f"/sys/class/net/{name}/address", encoding="ascii") as address:
+                if kind.read() == "1\n":                    # Ethernet
+                    macs.add(bytes.fromhex(address.read().replace(":", ""))[:4])
+        with open("/proc/net/fib_trie", encoding="ascii") as file:
+            ips = set(re.findall(r"\|-- (?!127)(\S+)\n +/32 host LOCAL", file.read()))
+        self.assert_machine_guid("mac", self.MAC, macs)
+        self.assert_machine_guid("ip", self.IP, {socket.inet_aton(ip) for ip in ips})
+
+    def test_GUID_of_other_machines(self) -> None:
+        # struct ifreq: name, then a sockaddr: family and 6 bytes; family, port and 4 bytes.
+        ethernet = bytes(16) + struct.pack("=H", 1) + b"\2\3\4\5\6\7" + bytes(16)
+        internet = bytes(16) + struct.pack("=H", 2) + b"\0\0\xC0\0\2\1" + bytes(16)
+        rows: tuple[tuple[str, list[str], Any, bytes, set[bytes]], ...] = (
+            ("mac", ["eth0"], [ethernet], self.MAC, {b"\2\3\4\5"}),
+            ("ip", ["eth0"], [internet], self.IP, {b"\xC0\0\2\1"}),
+            ("ip", ["eth0", "eth1"], [OSError(), internet], self.IP, {b"\xC0\0\2\1"}),
+            ("mac", ["ppp0", "eth0"], [bytes(40), ethernet], self.MAC, {b"\2\3\4\5"}),
+            ("mac", ["ppp0"], [bytes(40)], self.MAC, set()),
+            ("ip", ["eth0"], [OSError()], self.IP, set()),
+            ("mac", [], [], self.MAC, set()),               # only the loopback
+            ("ip", [], [], self.IP, set()))
+        for kind, interfaces, answers, first, wanted in rows:
+            with self.subTest(kind, interfaces=interfaces), \
+                    mock.patch("uvscpd.network_interfaces", return_value=interfaces), \
+                    mock.patch("fcntl.ioctl", side_effect=answers):
+                self.assert_machine_guid(kind, first, wanted)
+
+
+class DiscoveryTest(OwnDaemonTestCase):
+    def test_probe(self) -> None:
+        daemon = self.start("--answer-probes", ip="")
+        a, b = self.connect(daemon), self.connect(daemon)
+        a.ask("send 96,0,27,0,,0,::5,0,127,0,0,1")
+        b.await_events(2)
+        for peer, events in ((a, []), (b, ["96,0,27,0,*,#,::5,0,127,0,0,1"])):
+            peer.await_events(len(events) + 1)
+            peer.send("retr 2")
+            peer.expect(*events, "96,0,28,0,*,#,::0,128,{},127,0,0,1,{},{}".format(
+                0x68 if ipv6_works() else 0x28, *divmod(daemon.port, 256)))
+
+    def test_answers(self) -> None:
+        for arguments, data, address in (
+                (["--answer-probes"], b"", "127.0.0.1"),
+                (["--answer-probes"], b"\0\x7F\0\0\1", "127.0.0.1"),
+                (["--answer-probes", "-i", "0.0.0.0"], b"\0\x7F\0\0\1", "127.0.0.1"),
+                (["--answer-probes", "-i", "0.0.0.0"], b"\1\x7F\0\0\1", ""),     # not TCP/IP
+                (["--answer-probes", "-i", "::1"], b"\0\x7F\0\0\1", ""),
+                ([], b"\0\x7F\0\0\1", "")):
+            if "::1" in arguments and not ipv6_works():
+                continue
+            with self.subTest(arguments, data=data):
+                daemon = self.inside(*arguments)
+                daemon.bus.send(0x0C001B05, data, None)
+                daemon.pump(1)
+                self.assertEqual([frame[:2] for frame in daemon.bus.receive(9)], [
+                    (0x0C001C00, b"\x80\x28" + socket.inet_aton(address)
+                     + daemon.listener.getsockname()[1].to_bytes(2, "big"))] if address else [])
+
+    def test_ten_answers_a_second(self) -> None:
+        daemon = self.inside("--answer-probes")
+        for now, answers in ((100.0, 10), (100.99, 0), (101.0, 10), (200.0, 10)):
+            daemon.bus.frames.clear()
+            with mock.patch("time.monotonic", return_value=now):
+                for _ in range(30):
+                    daemon.answer(uvscpd.Frame(27 << 8, b"", 0, None))
+            self.assertEqual(len(daemon.bus.frames), answers, now)
+
+
+class ServiceTest(OwnDaemonTestCase):
+    def test_what_systemd_is_told(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            for address in (os.path.join(directory, "notify"), ""):     # "": an abstract one
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                    sock.bind(address)
+                    sock.settimeout(TIMEOUT)
+                    name = address or "@" + sock.getsockname()[1:].decode()
+                    daemon = self.start(NOTIFY_SOCKET=name, WATCHDOG_USEC="200000")
+                    self.await_texts(sock, "READY=1", f"STATUS={BUS}: OK, 0 clients", "WATCHDOG=1",
+                                     "WATCHDOG=1")
+                    self.connect(daemon)
+                    self.await_texts(sock, f"STATUS={BUS}: OK, 1 clients")
+                    daemon.stop()
+                    self.await_texts(sock, "STOPPING=1")
+
+    @staticmethod
+    def await_texts(sock: socket.socket, *texts: str) -> None:
+        """Wait until these have come in this order; others may stand between them."""
+        for text in texts:
+            while sock.recv(1000).decode() != text:
+                pass
+
+
+class SimulatedNode:
+    """A VSCP node that is a client of the daemon: it can be found, read and written.
+
+    It answers, as the VSCP specification (Level I protocol, class 0) has it,
+    type 31, "Who is there?", with seven frames of type 32: an index, and what is
+    next of 16 bytes of GUID (the highest first), 32 of the URL of its description
+    (MDF) and a zero; type 37, Extended page read, and type 38, Extended page
+    write, with frames of type 39: an index, page (MSB, LSB), register, contents.
+    """
+
+    def __init__(self, port: int, nickname: int, host: str = "127.0.0.1") -> None:
+        self.nickname = nickname
+        self.guid = bytes([255] * 8 + list(range(1, 8)) + [nickname])
+        self.mdf = b"example.org/node.xml"
+        self.registers: dict[tuple[int, int], int] = {}         # by page and register
+        self.peer = Peer(port, host)
+        self.peer.expect("uvscpd.py ...", "...", "+OK - ...")
+        self.peer.ask("rcvloop")
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.peer.sock.shutdown(socket.SHUT_RDWR)
+        self.thread.join(TIMEOUT)
+        self.peer.__exit__()
+
+    def run(self) -> None:
+        """Answer until the connection ends."""
+        with contextlib.suppress(OSError):
+            for line in iter(self.peer.read_line, "(closed)"):
+                fields = line.split(",")
+                if fields[1:2] == ["0"]:
+                    self.on_event(int(fields[2]), bytes(map(int, fields[7:])))
+
+    def on_event(self, vscp_type: int, data: bytes) -> None:
+        """Class 0 is for nodes; the first data byte tells for which, 255 is all."""
+        if vscp_type == 31 and data in (b"", b"\xFF", bytes([self.nickname])):
+            known = (self.guid + self.mdf).ljust(49, b"\0")
+            for index in range(7):
+                self.send(32, bytes([index]) + known[7 * index:7 * index + 7])
+        elif vscp_type in (37, 38) and data[:1] == bytes([self.nickname]) and len(data) >= 4:
+            page, register, rest = data[1] << 8 | data[2], data[3], data[4:]
+            if vscp_type == 38:
+                self.registers.update(((page, register + i), value) for i, value in enumerate(rest))
+                count = len(rest)
+            else:
+                # How many to read: one if it is not there, the rest of the page if it is 0.
+                count = (rest[0] if rest else 1) or 256
+            end = min(256, register + count)
+            for index, first in enumerate(range(register, end, 4)):
+                few = range(first, min(end, first + 4))
+                self.send(39, bytes([index, *data[1:3], first,
+                                     *(self.registers.get((page, i), 0) for i in few)]))
+
+    def send(self, vscp_type: int, data: bytes) -> None:
+        """A hard-coded node's event of class 0."""
+        self.peer.send(f"send 0x70,0,{vscp_type},0,,0,{uvscpd.format_guid(self.guid)},"
+                       + ",".join(map(str, data)))
+
+
+class NodeTest(OwnDaemonTestCase):
+    def test_scan(self) -> None:
+        daemon = self.start()
+        for nickname in (5, 6):
+            self.addCleanup(SimulatedNode(daemon.port, nickname).close)
+        scanner = self.connect(daemon)
+        scanner.ask("smsk 0,0xFFFF,0xFFFF,::0")
+        seven = ("0,255,255,255,255,255,255,255", "1,255,1,2,3,4,5,6", "2,7,6,101,120,97,109,112",
+                 "3,108,101,46,111,114,103,47", "4,110,111,100,101,46,120,109", "5,108,0,0,0,0,0,0",
+                 "6,0,0,0,0,0,0,0")
+        for question, answer_type, answers in (
+                ("31,0,,0,-,6", 32, seven),
+                ("38,0,,0,-,6,1,2,253,11,22,33", 39, ("0,1,2,253,11,22,33",)),
+                ("37,0,,0,-,6,1,2,254", 39, ("0,1,2,254,22",)),
+                ("37,0,,0,-,6,1,2,250,0", 39, ("0,1,2,250,0,0,0,11", "1,1,2,254,22,33"))):
+            scanner.send(f"sflt 0,0,{answer_type},::0", f"send 0,0,{question}")
+            scanner.expect("+OK", "+OK")
+            scanner.await_events(len(answers))
+            scanner.send(f"retr {len(answers)}", "cdta")
+            scanner.expect(*(f"112,0,{answer_type},0,*,#,::6,{data}" for data in answers), "+OK",
+                           "0 ", "+OK")
+        scanner.ask("sflt 0,0,32,::0")
+        scanner.ask("send 0,0,31,0,,0,-,255")               # all nodes
+        scanner.await_events(14)
 
 
 # =============================================================================
@@ -1843,10 +2324,678 @@ class SerialLineTest(KernelTestCase):
         self.assertEqual(self.retrieve(b), [(2,)])
 
 
-def main() -> None:
-    """Run the tests. A word for other work with uvscpd.py may stand in their place one day."""
-    unittest.main()
+# =============================================================================
+# 16. Abuse
+# =============================================================================
+# Clients that do what they should not cost the others nothing, and the daemon
+# no more memory and descriptors than its limits say.
+
+class AbuseTest(DaemonTestCase):
+    ARGUMENTS = ("--buffer", "500")
+
+    def narrow(self) -> Peer:
+        peer = NarrowPeer(self.daemon.port)
+        self.addCleanup(peer.__exit__)
+        return peer
+
+    def test_client_that_does_not_read_events(self) -> None:
+        count, batch = 5000, 250
+        sender, *readers = (self.connect() for _ in range(4))
+        deaf = self.narrow()
+        for peer in (*readers, deaf):
+            peer.ask("rcvloop")
+        before = memory(self.daemon)
+        for first in range(0, count, batch):
+            numbers = range(first, first + batch)
+            send_events(sender, numbers)
+            for reader in readers:
+                self.assertEqual(read_numbers(reader, numbers[-1]), list(numbers))
+            self.assertEqual({sender.file.readline() for _ in numbers}, {b"+OK\r\n"})
+        self.assertLess(memory(self.daemon) - before, 2 * MEGABYTE)
+        # Now it reads: whole lines in order, the newest events; STAT knows how many are missing.
+        got = read_numbers(deaf, count - 1)
+        self.assertLess(len(got), count)
+        self.assertEqual(got, sorted(set(got)))
+        self.assertEqual(got[-500:], list(range(count - 500, count)))
+        deaf.send("quitloop", "stat")
+        deaf.expect("+OK", f"0,0,{count - len(got)},{8 * count},{count},0,0", "+OK")
+
+    def test_client_that_does_not_read_replies(self) -> None:
+        deaf, other = self.narrow(), self.connect()
+        before = memory(self.daemon)
+        # What is read at once asks for 4 MB of replies; the rest makes no more of them than needed.
+        stream = b"help\n" * 3000 + (b"help".ljust(511) + b"\n") * 2000
+        reply = "".join(text + "\r\n" for text in deaf.ask("help")).encode()
+        deaf.sock.setblocking(False)
+        with self.daemon.paused():
+            sent = deaf.sock.send(stream[:16384])
+        in_vain = 0
+        while in_vain < 100:            # turns of the daemon's loop in which it read nothing
+            try:
+                sent += deaf.sock.send(stream[sent:sent + 16384])
+                in_vain = 0
+            except BlockingIOError:
+                self.assertEqual(other.ask("noop"), ["+OK"])
+                in_vain += 1
+            self.assertLess(sent, MEGABYTE)
+        self.assertLess(memory(self.daemon) - before, 2 * MEGABYTE)
+        deaf.sock.settimeout(TIMEOUT)
+        for _ in range(stream[:sent].count(b"\n")):
+            self.assertEqual(deaf.file.read(len(reply)), reply)
+        deaf.sock.sendall(stream[sent:stream.index(b"\n", sent) + 1] + b"quit\n")
+        self.assertEqual(deaf.file.read(), reply + b"+OK - bye\r\n")
+
+    def test_endless_line(self) -> None:
+        peer, other = self.connect(), self.connect()
+        before = memory(self.daemon)
+        for _ in range(4):
+            peer.sock.sendall(b"x" * MEGABYTE)
+            self.assertEqual(other.ask("noop"), ["+OK"])
+        peer.send("", "noop")
+        peer.expect("-OK - line length exceeded", "+OK")
+        self.assertLess(memory(self.daemon) - before, MEGABYTE)
+
+    def test_connections_dropped_in_every_manner(self) -> None:
+        other = self.connect()
+        used = descriptors(self.daemon)
+        memory_used = []
+        for _ in range(10):
+            for manner in MANNERS:
+                visit(self.daemon.port, manner)
+            await_descriptors(self.daemon, used, other)
+            memory_used.append(memory(self.daemon))
+        self.assertLess(memory_used[-1] - memory_used[0], 2 * MEGABYTE)
+
+
+class TroubleTest(OwnDaemonTestCase):
+    def test_client_that_vanished_is_noticed(self) -> None:
+        daemon = self.inside()
+        with socket.create_connection(daemon.listener.getsockname()), \
+                contextlib.redirect_stderr(io.StringIO()):
+            daemon.on_connection(0)
+        (client,) = daemon.clients
+        get = client.sock.getsockopt
+        self.assertTrue(get(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        idle_s, interval_s, probes, unacknowledged_ms = (
+            get(socket.IPPROTO_TCP, option) for option in (
+                socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT,
+                socket.TCP_USER_TIMEOUT))
+        self.assertLessEqual(idle_s + interval_s * probes, 120)
+        self.assertEqual(unacknowledged_ms, 120000)
+
+    def test_out_of_descriptors(self) -> None:
+        daemon = self.start()
+        peers = [self.connect(daemon)]
+        _, most = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+        limits = (descriptors(daemon) + 2, most)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, limits)
+        peers += [self.connect(daemon) for _ in range(2)]
+        waiting = Peer(daemon.port)
+        self.addCleanup(waiting.__exit__)
+        # Those who are there are served. The sign of life comes after two seconds.
+        peers[0].ask("rcvloop")
+        begin, used = time.monotonic(), cpu_time(daemon)
+        self.assertEqual(peers[0].read_line(), "+OK")
+        elapsed = time.monotonic() - begin
+        self.assertLess(cpu_time(daemon) - used, elapsed / 2)
+        tries = daemon.log.count("cannot accept a connection")
+        self.assertIn(tries, range(1, int(time.monotonic() - waiting.since) + 3))
+        peers[1].__exit__()
+        waiting.expect("uvscpd.py ...", "...", "+OK - ...")
+
+    def test_bug_in_a_command(self) -> None:
+        daemon = DaemonProcess(program=("-c", f"""if True:
+            import sys
+            sys.path.insert(0, {HERE!r})
+            import uvscpd
+            def broken(session):
+                raise RuntimeError("a bug for the test")
+            row = uvscpd.COMMAND_BY_NAME["wcyd"]
+            uvscpd.COMMAND_BY_NAME["wcyd"] = row._replace(handler=broken)
+            sys.exit(uvscpd.main())
+        """))
+        with daemon.connect() as a, daemon.connect() as b:
+            a.send("noop", "wcyd", "noop")
+            while a.read_line() != "(closed)":
+                self.assertEqual(a.heard[-1], "+OK")
+            for peer in (b, self.connect(daemon)):
+                self.assertEqual(peer.ask("chid"), ["0", "+OK"])
+        with self.assertRaisesRegex(AssertionError, r"(?s)status 0.*a bug in uvscpd\.py, the "
+                                    r"client is dropped:\nTraceback.*\nRuntimeError: a bug for"):
+            daemon.stop()
+
+
+# =============================================================================
+# 17. Fuzz
+# =============================================================================
+# `python3 test_uvscpd.py fuzz [SECONDS [SEED]]`: hostile command lines. Each gets
+# one final line, in step, and what reaches another client is a well-formed event.
+
+HOSTILE = ["0", "1", "3", "5", "96", "255", "256", "511", "512", "532", "1023", "1024",
+           "65535", "65536", "-1", "+1", "4294967296", "9" * 99, "0x", "0x0", "0xFF", "0X1f",
+           "0x" + "F" * 99, "0b1", "1_0", "1e3", "1.5", "nan", "\u0663", "\xb2", "\xe9" * 9, "",
+           " ", "-", "::", "%s%n", "{0}", "'", "$(id)", "\0", "\x1b[2J", "\r",
+           "2026-11-21T22:28:59", "x" * 600]
+EVENT_LINE = re.compile(r"\d+,\d+,\d+,0,\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{1,10},"
+                        r"(0:){15}[0-9A-F]{1,2}(,\d{1,3}){0,8}")
+
+
+def hostile_line(rng: random.Random) -> bytes:
+    """A command line that may be almost anything, but for a line end."""
+    def fields(count: int, separator: str) -> str:
+        return separator.join(rng.choice(HOSTILE) for _ in range(count))
+
+    event = ["96", "20", "3", "0", "", "0", "-", *"12345678"[:rng.randrange(9)]]
+    event[rng.randrange(len(event))] = rng.choice(HOSTILE)
+    arguments = rng.choice((
+        "", fields(1, ""), fields(2, " "), ",".join(event), fields(rng.randrange(40), ","),
+        fields(4, ","), f"0,{fields(2, ',')},{':'.join('0' * rng.choice((15, 16, 17)))}",
+        fields(16, ":"), expand(f"::{rng.randrange(999):X}")))
+    name = rng.choice([*uvscpd.COMMAND_BY_NAME, "send", "send", "send", "", "foo"])
+    line = bytearray(f"{name}{' ' * rng.randrange(3)}{arguments}".encode())
+    for _ in range(rng.choice((0, 0, 0, 1, 2, 5))):
+        line.insert(rng.randrange(len(line) + 1), rng.randrange(256))
+    return bytes(line).replace(b"\n", b"")
+
+
+def well_formed(line: str) -> bool:
+    """Whether this is an event as a client sees it whose GUID is zeros."""
+    if not EVENT_LINE.fullmatch(line):
+        return False
+    uvscpd.parse_event(line, uvscpd.GUID_ZERO)          # or it raises
+    head, vscp_class = map(int, line.split(",")[:2])
+    return head in range(0, 256, 16) and vscp_class < 512
+
+
+def try_line(peer: Peer, line: bytes, number: int) -> bool:
+    """Whether the connection lives on after this line; fails if the reply is not one reply."""
+    marker = uvscpd.format_guid(number.to_bytes(16, "big"))
+    peer.sock.sendall(line + f"\r\nquitloop\nsgid {marker}\nggid\n".encode())
+    lines = [peer.read_line()]
+    while lines[-1] not in (marker, "(closed)"):
+        lines.append(peer.read_line())
+    if lines[-2:] == ["+OK - bye", "(closed)"]:
+        return False
+    peer.expect("+OK")
+    finals = [text for text in lines if text[:3] in ("+OK", "-OK")]
+    if len(finals) != 3 or finals[1:] != ["+OK", "+OK"] or lines[-1] != marker:
+        raise AssertionError(f"to {line!r}, QUITLOOP, SGID it said {lines}")
+    return True
+
+
+def check_events(watcher: Peer, peer: Peer, number: int) -> None:
+    """Fail unless all that the watcher has got until now is well-formed."""
+    peer.ask(f"send 0,511,255,0,,0,-,{number_text(number)}")
+    line = ""
+    while not re.fullmatch(f"0,511,255,.*:0,{number_text(number)}", line):
+        line = watcher.read_line()
+        if line != "+OK" and not well_formed(line):
+            raise AssertionError(f"not an event: {line!r}")
+
+
+def run_fuzz(seconds: float, seed: int, most_lines: int = sys.maxsize) -> int:
+    """Try lines until the time is up, or so many; returns how many."""
+    rng = random.Random(seed)
+    deadline = time.monotonic() + seconds
+    number = 0
+    with contextlib.ExitStack() as stack:
+        daemon = DaemonProcess()
+        stack.callback(daemon.stop)
+        watcher = stack.enter_context(daemon.connect())
+        watcher.ask("rcvloop")
+        peer = daemon.connect()
+        try:
+            while number < most_lines and time.monotonic() < deadline:
+                number += 1
+                if not try_line(peer, hostile_line(rng), number):
+                    peer.__exit__()
+                    peer = daemon.connect()
+                if number % 100 == 0:
+                    peer.heard.clear()
+                    check_events(watcher, peer, number)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, line {number}: {error}") from None
+        finally:
+            peer.__exit__()
+    return number
+
+
+class FuzzTest(unittest.TestCase):
+    def test_hostile_lines(self) -> None:
+        self.assertEqual(run_fuzz(float("inf"), seed=1, most_lines=600), 600)
+
+
+# =============================================================================
+# 18. Soak
+# =============================================================================
+# `python3 test_uvscpd.py soak [SECONDS [IFACE]]`: full load while clients come and
+# go and the interface goes down and up.
+
+def send_frames(sock: socket.socket, numbers: Iterable[int]) -> None:
+    """Send numbered frames; a full queue is waited for, as a bus would have it."""
+    for number in numbers:
+        frame = uvscpd.pack_frame(0x0C140300, number.to_bytes(4, "big"))
+        while True:
+            try:
+                sock.send(frame)
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                time.sleep(0.001)
+
+
+def set_interface(peer: Peer, interface: str, state: str, status: str) -> None:
+    """Bring the interface down or up, and wait until the daemon knows."""
+    subprocess.run(["ip", "link", "set", interface, state], check=True)
+    deadline = time.monotonic() + TIMEOUT
+    while not peer.ask("info")[0].startswith(status):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{interface} is {state}, but INFO says {peer.heard[-2]}")
+
+
+class Soak:
+    """A daemon under load, and what there is to watch."""
+
+    BATCH = 400                         # events; two batches fit into a FIFO
+
+    def __init__(self, stack: contextlib.ExitStack, interface: str) -> None:
+        self.daemon = DaemonProcess("-c", interface or ":virtual:")
+        stack.callback(self.daemon.stop)
+        self.interface = interface
+        self.sender, self.observer, *self.readers = (
+            stack.enter_context(Peer(self.daemon.port)) for _ in range(5))
+        for peer in (self.sender, self.observer, *self.readers):
+            peer.expect("uvscpd.py ...", "...", "+OK - Success, ...")
+        for reader in self.readers:
+            reader.ask("rcvloop")
+        if interface:
+            self.raw = stack.enter_context(
+                socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW))
+            self.raw.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
+            self.raw.bind((interface,))
+        self.received = [0] * len(self.readers)
+        self.sent = self.visits = 0
+        self.idle = descriptors(self.daemon)
+        self.first_memory = 0
+
+    def send(self) -> None:
+        """One batch of events, and now and then a visitor."""
+        numbers = range(self.sent, self.sent + self.BATCH)
+        if self.interface:
+            send_frames(self.raw, numbers)
+        else:
+            send_events(self.sender, numbers)
+        self.sent = numbers.stop
+        if self.sent % (4 * self.BATCH) == 0:
+            visit(self.daemon.port, random.choice(MANNERS))
+            self.visits += 1
+
+    def receive(self, last: int) -> None:
+        """What has come up to this event."""
+        for i, reader in enumerate(self.readers):
+            numbers = read_numbers(reader, last)
+            assert numbers == sorted(set(numbers)), f"not in order: {numbers}"
+            self.received[i] += len(numbers)
+        if not self.interface:
+            self.sender.expect(*["+OK"] * self.BATCH)
+            self.sender.heard.clear()
+
+    def report(self) -> None:
+        """Once nothing is left of the visitors; the interface goes down and up."""
+        if self.interface:
+            set_interface(self.observer, self.interface, "down", "4,")
+            set_interface(self.observer, self.interface, "up", "0,")
+            self.raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)     # clears ENETDOWN
+        await_descriptors(self.daemon, self.idle, self.observer)
+        self.first_memory = self.first_memory or memory(self.daemon)
+        print(f"soak: {self.sent} events, {self.visits} visits, {self.idle} descriptors, "
+              f"{memory(self.daemon) >> 10} KiB", flush=True)
+
+    def check(self) -> None:
+        """Fail when events are missing that STAT does not know of, or memory has grown."""
+        for reader, received in zip(self.readers, self.received):
+            reader.send("quitloop", "stat")
+            reader.expect("+OK", f"#,#,{self.sent - received},#,#,0,0", "+OK")
+        growth = memory(self.daemon) - self.first_memory
+        assert growth < 2 * MEGABYTE, f"memory has grown by {growth} bytes"
+
+
+def run_soak(seconds: float, interface: str = "", report_s: float = 2.0) -> int:
+    """Full load for so long; returns the exit status."""
+    end = time.monotonic() + seconds
+    try:
+        with contextlib.ExitStack() as stack:
+            soak = Soak(stack, interface)
+            soak.send()
+            while time.monotonic() < end:
+                next_report = time.monotonic() + report_s
+                while time.monotonic() < next_report:
+                    soak.send()         # while the readers read a batch, the daemon has the next
+                    soak.receive(soak.sent - soak.BATCH - 1)
+                soak.report()
+            soak.receive(soak.sent - 1)
+            soak.check()
+    except (AssertionError, OSError) as error:
+        print(f"soak: FAILED: {error}")
+        return 1
+    print("soak: passed")
+    return 0
+
+
+# =============================================================================
+# 19. Benchmark
+# =============================================================================
+# `python3 test_uvscpd.py bench [IFACE [SECONDS]]` measures the daemon beside a
+# floor: a relay that reads a frame, formats the line and writes it to every
+# client, woken for each frame, and does nothing else. Both get the same frames
+# in the same run, so the ratios hold on a slow or noisy machine, too.
+#
+# Floor and sender are processes of their own: this file, called with `floor` or
+# `sender`. Without an interface the daemon has the virtual bus and a client that
+# sends; the floor gets its frames as datagrams.
+
+COLONS = 17                     # in an event line: 15 in the GUID, 2 in the datetime
+RATES = {"125 kbit/s": 1000, "1 Mbit/s": 7600}      # frames/s of 8 bytes that fill a bus
+CLIENTS = (1, 5, 20)
+
+
+def can_socket(interface: str) -> socket.socket:
+    sock = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
+    sock.bind((interface,))
+    return sock
+
+
+def run_floor(interface: str) -> None:
+    """Relay frames from the interface, or from a UDP port, to whoever connects."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(128)
+    if interface:
+        source = can_socket(interface)
+        source.setsockopt(socket.SOL_SOCKET, uvscpd.SO_RCVBUFFORCE, uvscpd.RECEIVE_BUFFER)
+    else:
+        source = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        source.bind(listener.getsockname())
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    selector.register(source, selectors.EVENT_READ)
+    clients: list[socket.socket] = []
+    print(f"listening on 127.0.0.1 port {listener.getsockname()[1]}", file=sys.stderr, flush=True)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                clients.append(listener.accept()[0])
+                clients[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                continue
+            can_id, length, data = uvscpd.FRAME.unpack(source.recv(16))
+            now = time.time()
+            line = (f"{can_id >> 21 & 0xF0},{can_id >> 16 & 0x1FF},{can_id >> 8 & 0xFF},0,"
+                    + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+                    + f",{int(now * 1000000) & 0xFFFFFFFF},0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:"
+                    f"{can_id & 0xFF:X}," + ",".join([str(byte) for byte in data[:length]])
+                    + "\r\n").encode()
+            for client in clients:
+                client.sendall(line)
+
+
+def open_target(target: str) -> tuple[socket.socket, bytes]:
+    """Where a relay gets its frames (`can:NAME`, `tcp:PORT`, `udp:PORT`), and a lone one."""
+    kind, _, where = target.partition(":")
+    if kind == "tcp":
+        return socket.create_connection(("127.0.0.1", int(where))), b"send 96,20,3,0,,0,-,1\n"
+    if kind == "can":
+        sock = can_socket(where)
+        sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
+    else:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.connect(("127.0.0.1", int(where)))
+    return sock, uvscpd.pack_frame(0x0C140305, b"\1")
+
+
+def run_sender(target: str, rate: int, seconds: float) -> None:
+    """Send frames of 8 bytes: so many a second (0: flat out) for so long; says how many."""
+    sock, _ = open_target(target)
+    pipelined = sock.family != socket.AF_CAN and sock.type == socket.SOCK_STREAM
+    start = time.monotonic()
+    sent = 0
+    while time.monotonic() - start < seconds:
+        due = int((time.monotonic() - start) * rate) if rate else sent + 100
+        if sent >= due:
+            time.sleep(0.001)
+        elif pipelined:
+            sock.sendall(b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n" * (due - sent))
+            sock.recv(1 << 16)
+        else:
+            for number in range(sent, due):
+                try:
+                    sock.send(uvscpd.pack_frame(0x0C140305, struct.pack(">Q", number)))
+                except OSError as error:        # vcan's receiving side is full: wait as a bus would
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    due = number
+                    break
+        sent = max(sent, due)
+    print(sent)
+    if pipelined:
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(1 << 16):
+            pass
+
+
+class Relay:
+    """The daemon or the floor as a process, and clients that count what they get."""
+
+    def __init__(self, kind: str, interface: str) -> None:
+        self.kind = kind
+        self.interface = interface
+        command = ([sys.executable, __file__, "floor", interface] if kind == "floor" else
+                   [sys.executable, uvscpd.__file__, "-s", "-p", "0", "-i", "127.0.0.1",
+                    "-c", interface or ":virtual:"])
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if "listening on" in line:
+                break
+        self.port = int(re.findall(r"port (\d+)", line)[0])
+        self.drain = threading.Thread(target=self.process.stderr.read, daemon=True)
+        self.drain.start()
+        self.target = (f"can:{interface}" if interface else
+                       f"udp:{self.port}" if kind == "floor" else f"tcp:{self.port}")
+        self.clients: list[socket.socket] = []
+
+    def connect(self, count: int) -> None:
+        """Connect more clients until there are so many, in the receive loop."""
+        while len(self.clients) < count:
+            sock = socket.create_connection(("127.0.0.1", self.port))
+            if self.kind == "daemon":
+                sock.sendall(b"rcvloop\n")
+                seen = b""
+                while seen.count(b"+OK") < 2:
+                    seen += sock.recv(4096)
+            self.clients.append(sock)
+        time.sleep(0.2)
+
+    def cpu_s(self) -> float:
+        with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def peak_mb(self) -> float:
+        with open(f"/proc/{self.process.pid}/status", encoding="ascii") as file:
+            return int(re.findall(r"VmHWM:\s+(\d+)", file.read())[0]) / 1024
+
+    def load(self, rate: int, seconds: float) -> tuple[int, int, float, float]:
+        """Frames sent, events received by all, seconds of CPU, seconds of receiving."""
+        colons = 0
+        cpu = self.cpu_s()
+        with selectors.DefaultSelector() as selector:
+            for sock in self.clients:
+                selector.register(sock, selectors.EVENT_READ)
+            sender = subprocess.Popen([sys.executable, __file__, "sender", self.target, str(rate),
+                                       str(seconds)], stdout=subprocess.PIPE)
+            first = last = 0.0
+            while True:
+                ready = selector.select(1.0)
+                now = time.monotonic()
+                got = sum(sock.recv(1 << 18).count(b":") for sock in
+                          [key.fileobj for key, _ in ready] if isinstance(sock, socket.socket))
+                if got:
+                    first, last = first or now, now
+                    colons += got
+                elif now - last > 1.0 and sender.poll() is not None:
+                    break
+        assert sender.stdout is not None
+        return int(sender.stdout.read()), colons // COLONS, self.cpu_s() - cpu, last - first
+
+    def latency(self, rounds: int) -> tuple[list[float], list[float]]:
+        """Seconds from sending a lone frame to its arrival at the first and at the last client."""
+        source, frame = open_target(self.target)
+        firsts, lasts = [], []
+        with source, selectors.DefaultSelector() as selector:
+            for sock in self.clients:
+                selector.register(sock, selectors.EVENT_READ)
+            for _ in range(rounds):
+                time.sleep(0.02)
+                start = time.monotonic()
+                source.send(frame)
+                arrivals = 0
+                while arrivals < len(self.clients):
+                    for key, _ in selector.select():
+                        assert isinstance(key.fileobj, socket.socket)
+                        if b":" not in key.fileobj.recv(4096):
+                            continue                        # a sign of life
+                        arrivals += 1
+                        if arrivals == 1:
+                            firsts.append(time.monotonic() - start)
+                lasts.append(time.monotonic() - start)
+        return sorted(firsts), sorted(lasts)
+
+    def commands_a_second(self, line: bytes, count: int, pipelined: bool) -> float:
+        """How many commands a second one client gets answered."""
+        with socket.create_connection(("127.0.0.1", self.port)) as sock:
+            seen = b""
+            while b"+OK" not in seen:
+                seen += sock.recv(4096)
+            start = time.monotonic()
+            if pipelined:
+                answered = 0
+                sock.setblocking(False)
+                rest = line * count
+                while answered < count:
+                    readable, writable, _ = select.select([sock], [sock] if rest else [], [])
+                    if writable:
+                        rest = rest[sock.send(rest[:1 << 14]):]
+                    if readable:
+                        answered += sock.recv(1 << 16).count(b"\n")
+            else:
+                for _ in range(count):
+                    sock.sendall(line)
+                    sock.recv(4096)
+            return count / (time.monotonic() - start)
+
+    def close(self) -> None:
+        for sock in self.clients:
+            sock.close()
+        self.process.terminate()
+        self.process.wait()
+        self.drain.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+def startup_s(command: list[str], ready: str) -> float:
+    """The best of five times from starting a process to its first line with this text."""
+    times = []
+    for _ in range(5):
+        start = time.monotonic()
+        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        while ready not in process.stderr.readline():
+            pass
+        times.append(time.monotonic() - start)
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    return min(times)
+
+
+def row(what: str, daemon: float, floor: float, unit: str) -> None:
+    ratio = f"{daemon / floor:.2f}" if floor else ""
+    print(f"{what:48}{daemon:11.2f}{floor:11.2f}{ratio:>8}  {unit}", flush=True)
+
+
+def measure(kind: str, interface: str, count: int, seconds: float) -> dict[str, float]:
+    """All figures of the daemon or of the floor with so many clients, by name and unit."""
+    relay = Relay(kind, interface)
+    relay.connect(count)
+    figures = {}
+    for name, rate in RATES.items():
+        sent, got, cpu, _ = relay.load(rate, seconds)
+        figures[f"full {name}: CPU|%"] = cpu / seconds * 100
+        figures[f"full {name}: lost|%"] = 100 * (1 - got / (sent * count))
+    _, got, _, took = relay.load(0, seconds)
+    figures["flat out: delivered|events/s"] = got / took
+    for where, times in zip(("first", "last"), relay.latency(100)):
+        figures[f"lone frame to the {where}: median|ms"] = times[50] * 1000
+        figures[f"lone frame to the {where}: 99 %|ms"] = times[99] * 1000
+    if kind == "daemon":
+        figures["peak memory|MB"] = relay.peak_mb()
+    relay.close()
+    return figures
+
+
+def run_benchmark(interface: str = "", seconds: str = "5") -> None:
+    """Print one table: the daemon, the floor, and the daemon's figure over the floor's."""
+    duration = float(seconds)
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, "
+          f"{interface or 'virtual bus'}, {duration:g} s a measurement\n")
+    print(f"{'':48}{'uvscpd':>11}{'floor':>11}{'ratio':>8}")
+    relayed = 0.0
+    for count in CLIENTS:
+        floor = measure("floor", interface, count, duration)
+        daemon = measure("daemon", interface, count, duration)
+        for name, figure in daemon.items():
+            what, _, unit = name.partition("|")
+            row(f"{count} clients, {what}", figure, floor.get(name, 0.0), unit)
+        relayed = relayed or floor["flat out: delivered|events/s"]
+    relay = Relay("daemon", interface)
+    send = b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n"
+    amount = int(1000 * duration)
+    noops = relay.commands_a_second(b"noop\n", amount, False)
+    row("SEND each waiting for its +OK, floor: NOOP",
+        relay.commands_a_second(send, amount, False), noops, "/s")
+    row("SEND pipelined, floor: frames relayed to 1",
+        relay.commands_a_second(send, amount, True), relayed, "/s")
+    relay.close()
+    command = [uvscpd.__file__, "-s", "-p", "0", "-c", interface or ":virtual:"]
+    imports = "import argparse, selectors, socket, sys; print('up', file=sys.stderr)"
+    row("start to listening, floor: its main imports", startup_s(command, "listening") * 1000,
+        startup_s(["-c", imports], "up") * 1000, "ms")
+
+
+# =============================================================================
+# 20. main
+# =============================================================================
+
+def main() -> int:
+    """Run the tests, or what the first argument names; returns the exit status."""
+    word, *rest = sys.argv[1:] or [""]
+    if word == "fuzz":
+        seed = int(rest[1]) if rest[1:] else random.randrange(1000000)
+        print(run_fuzz(float(rest[0]) if rest else 10, seed), "lines answered, seed", seed)
+    elif word == "soak":
+        return run_soak(float(rest[0]) if rest else 60, rest[1] if rest[1:] else "")
+    elif word == "bench":
+        run_benchmark(*rest)
+    elif word == "floor":
+        run_floor(*rest)
+    elif word == "sender":
+        run_sender(rest[0], int(rest[1]), float(rest[2]))
+    else:
+        unittest.main()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
