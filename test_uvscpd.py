@@ -2761,8 +2761,8 @@ def run_sender(target: str, rate: int, seconds: float) -> None:
     sent = 0
     while time.monotonic() - start < seconds:
         due = int((time.monotonic() - start) * rate) if rate else sent + 100
-        if sent >= due:
-            time.sleep(0.001)
+        if sent >= due:             # as on a bus: a frame at a time, evenly
+            time.sleep(max(0.0, start + (sent + 1) / rate - time.monotonic()))
         elif pipelined:
             sock.sendall(b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n" * (due - sent))
             sock.recv(1 << 16)

@@ -173,7 +173,7 @@ FRAMES_A_TURN = 500             # taken from the bus before clients are served a
 FRAMES_IN_KERNEL = 8000         # more than the kernel holds for us
 LINES_A_TURN = 32               # commands of one client before the others' turn
 READ_SIZE = 16384               # bytes
-GATHER_S = 0.004                # under load, how long frames gather ...
+GATHER_S = 0.005                # under load, how long frames gather ...
 BUSY_S = 0.004                  # ... which is when two wake-ups are closer than this
 SEND_WAIT_S = 1.0               # a SEND waits this long for room in the transmit queue
 SEND_RETRY_S = 0.002
@@ -524,7 +524,7 @@ class Session:
         self.fifo: deque[str] = deque(maxlen=daemon.options.buffer)    # event lines
         self.fifo_overruns = 0
         self.overruns_before = daemon.bus.overruns
-        self.rx_frames = self.rx_bytes = self.tx_frames = self.tx_bytes = 0
+        self.rx_frames = self.rx_commas = self.tx_frames = self.tx_bytes = 0
 
     def buffer(self, lines: list[str]) -> None:
         """Put event lines into the FIFO; the oldest go when it is full."""
@@ -618,7 +618,9 @@ class Session:
     def do_stat(self) -> str:
         bus = self.daemon.bus
         overruns = self.fifo_overruns + bus.overruns - self.overruns_before
-        return ok(f"{bus.bus_offs},{bus.warnings},{overruns},{self.rx_bytes},{self.rx_frames},"
+        # An event line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
+        rx_bytes = self.rx_commas - 2 * self.rx_frames
+        return ok(f"{bus.bus_offs},{bus.warnings},{overruns},{rx_bytes},{self.rx_frames},"
                   f"{self.tx_bytes},{self.tx_frames}")
 
     def do_info(self) -> str:
@@ -1156,15 +1158,6 @@ def split_lines(block: bytes, limit: int) -> list[bytes]:
     return pieces + [block[start:]] if start < len(block) else pieces
 
 
-class Batch:
-    """Events as Client.put takes them, made once for all clients that see them alike."""
-
-    def __init__(self, seen: list[tuple[Frame, str]]) -> None:
-        self.lines = [line for _, line in seen]
-        self.block = "".join(self.lines).encode("ascii")
-        self.size = sum([4 + len(frame.data) for frame, _ in seen])     # bytes on CAN
-
-
 class Client:
     """One TCP connection."""
 
@@ -1307,19 +1300,17 @@ class Client:
 
     # --- events and writing ---
 
-    def put(self, batch: Batch) -> None:
-        """Take events, to be sent at the end of this turn or to be buffered."""
-        if not batch.lines:
-            return
+    def put(self, lines: list[str], block: bytes) -> None:
+        """Take event lines, also given as one block, to be sent in this turn or buffered."""
         session = self.session
-        session.rx_frames += len(batch.lines)
-        session.rx_bytes += batch.size
+        session.rx_frames += len(lines)
+        session.rx_commas += block.count(b",")
         if not self.streaming or self.output or session.fifo:
-            session.buffer(batch.lines)
-        elif len(batch.block) <= self.segment:
-            self.output.append(batch.block)
+            session.buffer(lines)
+        elif len(block) <= self.segment:
+            self.output.append(block)
         else:
-            self.output.extend(split_lines(batch.block, self.segment))
+            self.output.extend(split_lines(block, self.segment))
         self.mark_dirty()
 
     def on_rcvloop(self) -> None:
@@ -1358,7 +1349,7 @@ class Client:
     def flush(self) -> None:
         """Send what the connection takes, and watch for what comes next."""
         self.dirty = False
-        while self.output or self.fill():
+        while self.output or self.session.fifo and self.fill():
             block = self.output[0]
             try:
                 sent = self.sock.send(block)
@@ -1373,9 +1364,9 @@ class Client:
         self.watch()
 
     def fill(self) -> bool:
-        """Move a segment's worth of events from the FIFO to the output, if there are any."""
+        """Move a segment's worth of events from the FIFO to the output, if they may go there."""
         fifo = self.session.fifo
-        if not self.streaming or not fifo:
+        if not self.streaming:
             return False
         lines = [fifo.popleft()]
         room = self.segment - len(lines[0])
@@ -1597,15 +1588,17 @@ class Daemon:
         texts = [(frame, *format_event(frame)) for frame in frames]
         senders = {frame.sender for frame in frames}
         for (guid_text, value, mask), clients in self.views.items():
-            seen = [(frame, before + guid_text + after) for frame, before, after in texts
-                    if frame.can_id & mask == value]
-            batch = Batch(seen)
+            seen = [text for text in texts if text[0].can_id & mask == value]
+            lines = [before + guid_text + after for _, before, after in seen]
+            block = "".join(lines).encode("ascii")
             for client in clients:
-                if client.session not in senders:
-                    client.put(batch)
-                else:       # nobody gets back what he sent himself
-                    client.put(Batch([(frame, line) for frame, line in seen
-                                      if frame.sender is not client.session]))
+                if client.session in senders:       # nobody gets back what he sent himself
+                    others = [line for line, (frame, _, _) in zip(lines, seen)
+                              if frame.sender is not client.session]
+                    if others:
+                        client.put(others, "".join(others).encode("ascii"))
+                elif lines:
+                    client.put(lines, block)
         return len(frames)
 
     def describe(self, frame: Frame) -> str:
