@@ -1446,9 +1446,9 @@ class DiscoveryTest(OwnDaemonTestCase):
         daemon = self.inside("--answer-probes")
         for now, answers in ((100.0, 10), (100.99, 0), (101.0, 10), (200.0, 10)):
             daemon.bus.frames.clear()
-            with mock.patch("time.monotonic", return_value=now):
-                for _ in range(30):
-                    daemon.answer(uvscpd.Frame(27 << 8, b"", 0, None))
+            daemon.now = now
+            for _ in range(30):
+                daemon.answer(uvscpd.Frame(27 << 8, b"", 0, None))
             self.assertEqual(len(daemon.bus.frames), answers, now)
 
 

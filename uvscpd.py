@@ -1288,7 +1288,7 @@ class Client:
         try:
             reply = run_command(self.session, line)
         except BusFull as full:
-            now = time.monotonic()
+            now = self.daemon.now
             if self.deadline is None:
                 self.deadline = now + SEND_WAIT_S
                 self.daemon.wait_for_room(self)
@@ -1317,26 +1317,27 @@ class Client:
         """The receive loop was entered or left."""
         self.streaming = False
         if self.session.rcvloop:
-            self.stream_at = time.monotonic() + RCVLOOP_PAUSE_S
+            self.stream_at = self.daemon.now + RCVLOOP_PAUSE_S
             self.later(RCVLOOP_PAUSE_S, self.start_streaming)
 
     def start_streaming(self) -> None:
         # A timer from before a QUITLOOP may come early: it is not its turn.
-        if not self.session.rcvloop or time.monotonic() < self.stream_at:
+        if not self.session.rcvloop or self.daemon.now < self.stream_at:
             return
         self.streaming = True
-        self.sign_of_life_at = time.monotonic() + SIGN_OF_LIFE_S
-        self.later(SIGN_OF_LIFE_S, self.sign_of_life)
+        self.await_sign_of_life()
         self.mark_dirty()
 
+    def await_sign_of_life(self) -> None:
+        self.sign_of_life_at = self.daemon.now + SIGN_OF_LIFE_S
+        self.later(SIGN_OF_LIFE_S, self.sign_of_life)
+
     def sign_of_life(self) -> None:
-        now = time.monotonic()
-        if not self.streaming or now < self.sign_of_life_at:
+        if not self.streaming or self.daemon.now < self.sign_of_life_at:
             return
         if not self.output:
             self.write(ok())
-        self.sign_of_life_at += SIGN_OF_LIFE_S
-        self.later(self.sign_of_life_at - now, self.sign_of_life)
+        self.await_sign_of_life()
 
     def write(self, text: str) -> None:
         """Have text sent at the end of this turn, a segment's worth of lines a write."""
@@ -1398,7 +1399,7 @@ class Client:
             self.streaming = False
             self.lines.clear()
             self.daemon.on_leaving(self)
-            self.leave_by = time.monotonic() + LINGER_S
+            self.leave_by = self.daemon.now + LINGER_S
             self.mark_dirty()
 
     def shut_down(self) -> None:
@@ -1435,6 +1436,7 @@ class Daemon:
         self.views: dict[View, list[Client]] = {}
         self.dirty: list[Client] = []           # to be flushed at the end of this turn
         self.senders: deque[Client] = deque()   # wait for room in the transmit queue
+        self.now = time.monotonic()             # when this turn began; a clock is slow to read
         self.retry_due = False                  # a timer will call retry_senders
         self.timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.timer_numbers = itertools.count()  # equal times run in the order they were set
@@ -1467,13 +1469,14 @@ class Daemon:
             if self.bus.frames:
                 timeout = 0.0
             elif self.timers:
-                timeout = max(0.0, self.timers[0][0] - time.monotonic())
+                timeout = max(0.0, self.timers[0][0] - self.now)
             ready = self.selector.select(timeout)
-            # A timer set in this turn runs in the next one.
-            now = time.monotonic()
+            self.now = time.monotonic()
+            timers = self.due_timers()          # one set in this turn runs in the next one
             for key, mask in ready:
                 key.data(mask)
-            self.run_timers(now)
+            for action, arguments in timers:
+                action(*arguments)
             if self.bus.frames:
                 self.pump(FRAMES_A_TURN)
             dirty, self.dirty = self.dirty, []
@@ -1497,13 +1500,16 @@ class Daemon:
 
     def call_later(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
         """Call something after so many seconds, in the next turn at the earliest."""
-        when = time.monotonic() + delay_s
+        when = self.now + delay_s
         heapq.heappush(self.timers, (when, next(self.timer_numbers), action, arguments))
 
-    def run_timers(self, now: float) -> None:
-        while self.timers and self.timers[0][0] < now:
+    def due_timers(self) -> list[tuple[Callable[..., None], tuple[Any, ...]]]:
+        """What is to be called now."""
+        due = []
+        while self.timers and self.timers[0][0] <= self.now:
             _when, _number, action, arguments = heapq.heappop(self.timers)
-            action(*arguments)
+            due.append((action, arguments))
+        return due
 
     def watch(self, sock: socket.socket, before: int, now: int,
               action: Callable[[int], None]) -> None:
@@ -1521,8 +1527,7 @@ class Daemon:
         """Twice a second: bring back a bus that was away, end what lingers, tell systemd."""
         self.bus.check()
         self.watch_bus()
-        now = time.monotonic()
-        for client in [client for client in self.leaving if client.leave_by < now]:
+        for client in [client for client in self.leaving if client.leave_by < self.now]:
             self.drop(client, "")
         status = f"STATUS={self.bus.name}: {self.bus.state.text}, {len(self.clients)} clients"
         if status != self.status:
@@ -1551,18 +1556,17 @@ class Daemon:
         Waking up costs more than a frame: at 1,000 frames/s, gathering takes a
         third to a half of the CPU time that waking up for each one takes.
         """
-        now = time.monotonic()
-        if now - self.last_wake < BUSY_S:
+        if self.now - self.last_wake < BUSY_S:
             self.gathering = True
             self.watch_bus()
             self.call_later(GATHER_S, self.gather)
         else:
             self.pump(1)
-        self.last_wake = now
+        self.last_wake = self.now
 
     def gather(self) -> None:
         """Under load: take what has come by now, and again later, until nothing comes."""
-        self.last_wake = time.monotonic()
+        self.last_wake = self.now
         if self.pump(FRAMES_A_TURN):
             self.call_later(GATHER_S, self.gather)
         else:
@@ -1616,11 +1620,10 @@ class Daemon:
         node's IPv4 address; the response is 16 capability bits, our IPv4 address
         as the node reaches it, and the port.
         """
-        now = time.monotonic()
         address = self.address_for(probe.data)
-        if address is None or len(self.answers) == MOST_ANSWERS and now - self.answers[0] < 1:
+        if address is None or len(self.answers) == MOST_ANSWERS and self.now < self.answers[0] + 1:
             return
-        self.answers.append(now)
+        self.answers.append(self.now)
         data = struct.pack(">H4sH", self.capabilities & 0xFFFF, socket.inet_aton(address),
                            self.listener.getsockname()[1])
         try:
