@@ -80,6 +80,10 @@ class Log:
         self.detached = False
 
     def write(self, priority: int, text: str) -> None:
+        if self.debugging:
+            now = time.time()
+            clock = time.strftime("%H:%M:%S", time.localtime(now))
+            text = f"{clock}.{int(now * 1000) % 1000:03d} {text}"
         for line in text.splitlines():
             if self.detached:
                 syslog.syslog(priority, line)
@@ -107,9 +111,7 @@ class Log:
 
     def debug(self, text: str) -> None:
         if self.debugging:
-            now = time.time()
-            clock = time.strftime("%H:%M:%S", time.localtime(now))
-            self.write(syslog.LOG_DEBUG, f"{clock}.{int(now * 1000) % 1000:03d} {text}")
+            self.write(syslog.LOG_DEBUG, text)
 
 
 log = Log()
@@ -1609,8 +1611,9 @@ class Daemon:
         """A frame for a person to read."""
         can_id = frame.can_id
         origin = frame.sender.name if frame.sender else self.bus.name
-        return (f"{origin} > class {can_id >> 16 & 0x1FF} type {can_id >> 8 & 0xFF} "
-                f"nickname {can_id & 0xFF} data {frame.data.hex()}")
+        data = " ".join([f"{byte:02X}" for byte in frame.data])
+        return (f"{origin} * class {can_id >> 16 & 0x1FF} type {can_id >> 8 & 0xFF} "
+                f"nickname {can_id & 0xFF} data {data}")
 
     def answer(self, probe: Frame) -> None:
         """Tell a node that looks for a server where this one is.
