@@ -2920,9 +2920,10 @@ def startup_s(command: list[str], ready: str) -> float:
     return min(times)
 
 
-def row(what: str, daemon: float, floor: float, unit: str) -> None:
+def row(what: str, daemon: float, floor: float | None, unit: str) -> None:
     ratio = f"{daemon / floor:.2f}" if floor else ""
-    print(f"{what:48}{daemon:11.2f}{floor:11.2f}{ratio:>8}  {unit}", flush=True)
+    beside = "" if floor is None else f"{floor:.2f}"
+    print(f"{what:48}{daemon:11.2f}{beside:>11}{ratio:>8}  {unit}", flush=True)
 
 
 def measure(kind: str, interface: str, count: int, seconds: float) -> dict[str, float]:
@@ -2957,7 +2958,7 @@ def run_benchmark(interface: str = "", seconds: str = "5") -> None:
         daemon = measure("daemon", interface, count, duration)
         for name, figure in daemon.items():
             what, _, unit = name.partition("|")
-            row(f"{count} clients, {what}", figure, floor.get(name, 0.0), unit)
+            row(f"{count} clients, {what}", figure, floor.get(name), unit)
         relayed = relayed or floor["flat out: delivered|events/s"]
     relay = Relay("daemon", interface)
     send = b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n"
