@@ -61,11 +61,17 @@ def notify(text: str) -> None:
     """Tell systemd about us (sd_notify(3)), when it has asked to be told."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-            try:
-                sock.sendto(text.encode(), address.replace("@", "\0", 1))
-            except OSError as error:
-                log.debug(f"{address}: {error.strerror}")
+        path = "\0" + address[1:] if address[0] == "@" else address
+        try:
+            notify_socket().sendto(text.encode(), path)
+        except OSError as error:
+            log.debug(f"{address}: {error}")
+
+
+@lru_cache(maxsize=1)
+def notify_socket() -> socket.socket:
+    """Made once: the watchdog is fed also when we are out of descriptors."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
 
 class Log:
@@ -1654,7 +1660,9 @@ class Daemon:
     def retry_senders(self) -> None:
         """Let those that wait try again, in turn, as long as there is room."""
         self.retry_due = False
-        while self.senders:
+        for _ in range(len(self.senders)):      # one that waits anew has its turn later
+            if not self.senders:
+                break
             client = self.senders[0]
             deadline = client.deadline
             client.guarded(client.work)
@@ -1960,13 +1968,13 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
 
 def address_towards(peer: str) -> str | None:
     """Our IPv4 address on the way to another one; None without a way. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect((peer, PORT))
-        except OSError:
-            return None
-        address: str = sock.getsockname()[0]
-        return address
+            address: str = sock.getsockname()[0]
+            return address
+    except OSError:
+        return None
 
 
 def listen(ip: str | None, port: int) -> socket.socket:
@@ -2034,6 +2042,8 @@ def serve(options: argparse.Namespace) -> int:
     except OSError as error:
         log.error(f"uvscpd.py: cannot listen on port {options.port}: {error.strerror}")
         return 1
+    if options.logins:
+        import hmac  # noqa: F401  as later there may be no descriptor left to read it
     child_end = None if options.stay else detach()
     bus = Bus(options.canbus) if options.canbus == ":virtual:" else SocketCan(options.canbus)
     daemon = Daemon(options, listener, bus)
