@@ -824,6 +824,8 @@ class Bus:
         Raises BusFull when there is no room at the moment, BusError when the
         bus cannot take it.
         """
+        if len(self.frames) >= FRAMES_IN_KERNEL:
+            raise BusFull("too much traffic")
         self.frames.append(Frame(can_id, data, time.time_ns() // 1000, sender))
 
     def receive(self, limit: int) -> list[Frame]:
@@ -1419,7 +1421,7 @@ class Client:
 
 def hide_password(line: str) -> str:
     """The line as it may be shown."""
-    return re.sub(r"(?i)^(\s*pass\s+).*", r"\1***", line)
+    return re.sub(r"(?i)^(\s*pass).+", r"\1 ***", line)
 
 
 # =============================================================================
@@ -1469,7 +1471,8 @@ class Daemon:
         signal.set_wakeup_fd(self.wake_up_end.fileno())
         notify("READY=1")
         watchdog_us = os.environ.get("WATCHDOG_USEC", "")
-        if watchdog_us.isdecimal() and os.environ.get("WATCHDOG_PID") in (None, str(os.getpid())):
+        ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        if ours and watchdog_us.isdecimal() and int(watchdog_us) > 0:
             self.feed_watchdog(int(watchdog_us) / 2000000)
         self.check_bus()
         while not self.stopping:
@@ -1960,7 +1963,10 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
         help="stay in the foreground, messages on stderr (default: detach, messages to syslog)")
     add("-d", "--debug", action="store_true", help="tell every command, reply and event")
     add("--pidfile", metavar="FILE", default="", help="write the process id to FILE")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except (UnicodeDecodeError, RecursionError) as error:
+        parser.error(f"bad argument file: {error}")
     logins = {"user": options.user, "password": options.password}
     options.logins = {what: value for what, value in logins.items() if value}
     return options
