@@ -600,9 +600,10 @@ class Session:
         return ok("-".join(f"{byte:02X}" for byte in self.daemon.capabilities.to_bytes(8, "big")))
 
     def do_interface(self, action: str = "list") -> str:
-        if action.lower() in ("close", "unique", "normal"):
+        action = action.lower()
+        if action in ("close", "unique", "normal"):
             return self.do_unsupported()
-        if action.lower() != "list":
+        if action != "list":
             raise VscpError("interface knows only LIST")
         return ok(*self.daemon.interfaces(self))
 
@@ -675,20 +676,22 @@ class Session:
         return ok()
 
     def do_smsk(self, text: str) -> str:
-        try:
-            self.mask = parse_filter(text)
-        except VscpError:
-            raise VscpError("format error in mask frame") from None
+        self.mask = self.parse_frame(text, "mask")
         self.set_view()
         return ok()
 
     def do_sflt(self, text: str) -> str:
-        try:
-            self.filter = parse_filter(text)
-        except VscpError:
-            raise VscpError("format error in filter frame") from None
+        self.filter = self.parse_frame(text, "filter")
         self.set_view()
         return ok()
+
+    @staticmethod
+    def parse_frame(text: str, what: str) -> Filter:
+        """As parse_filter, with the one refusal that clients know."""
+        try:
+            return parse_filter(text)
+        except VscpError:
+            raise VscpError(f"format error in {what} frame") from None
 
 
 # =============================================================================
