@@ -29,16 +29,15 @@ values out), sockets appear only in sections 10 to 12.
 # 2. Imports, version, log
 # =============================================================================
 # Only modules that OpenWrt's python3-light has. What is rarely needed and slow
-# to import (traceback, hmac) is imported where it is used.
+# to import (hmac, ipaddress, fnmatch) is imported where it is used, but before
+# the first client comes: later there may be no descriptor left to read it.
 
 from __future__ import annotations
 
 import argparse
 import errno
 import fcntl
-import fnmatch
 import heapq
-import ipaddress
 import itertools
 import os
 import re
@@ -50,9 +49,13 @@ import sys
 import syslog
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+
+# Type checkers take this for true. At run time typing would be an eighth of our start.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 __version__ = "1.0.0"
 
@@ -292,13 +295,11 @@ def parse_event_guid(text: str) -> bytes:
 # so head = (can_id >> 21) & 0xF0. What is the same again and again, ids and bytes,
 # is looked up and not made anew: SEND and event lines take half the time.
 
-class Frame(NamedTuple):
-    """A frame that has been on the bus."""
-
-    can_id: int                 # 29 bits, without flags
-    data: bytes                 # 0-8 bytes
-    time_us: int                # microseconds since 1970, when the kernel received it
-    sender: Session | None      # the client that sent it, None for the bus
+if TYPE_CHECKING:
+    # A frame that has been on the bus: the CAN id (29 bits, without flags), 0-8 bytes of
+    # data, when the kernel received it (microseconds since 1970), and the client that
+    # sent it, None for the bus.
+    Frame = tuple[int, bytes, int, "Session | None"]
 
 
 def pack_frame(can_id: int, data: bytes) -> bytes:
@@ -377,15 +378,15 @@ def format_event(frame: Frame) -> tuple[str, str]:
 
     In this way a line is made once, not once a client.
 
-    >>> before, after = format_event(Frame(0x0C140305, bytes([0, 1, 35]), 1795390139810025, None))
+    >>> before, after = format_event((0x0C140305, bytes([0, 1, 35]), 1795390139810025, None))
     >>> before + format_guid(bytes(15)) + after
     '96,20,3,0,2026-11-22T23:28:59,3615768809,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n'
     """
-    before, nickname = id_text(frame.can_id)
-    obid = frame.sender.channel_id if frame.sender else 0
-    time_us = frame.time_us
+    can_id, data, time_us, sender = frame
+    before, nickname = id_text(can_id)
+    obid = sender.channel_id if sender else 0
     return (f"{before}{obid},{utc_text(time_us // 1000000)},{time_us & 0xFFFFFFFF},",
-            nickname + "".join([BYTE_TEXT[byte] for byte in frame.data]) + "\r\n")
+            nickname + "".join([BYTE_TEXT[byte] for byte in data]) + "\r\n")
 
 
 # =============================================================================
@@ -394,24 +395,15 @@ def format_event(frame: Frame) -> tuple[str, str]:
 # A client's filter and mask are four fields of text; all that matters of them
 # on CAN is one comparison of the id: a frame passes when can_id & mask == value.
 
-class Filter(NamedTuple):
-    """A filter or a mask as a client gives it."""
+if TYPE_CHECKING:
+    # A filter or a mask as a client gives it: priority (0-255), class and type (0-0xFFFF),
+    # and the 16 bytes of a GUID.
+    Filter = tuple[int, int, int, bytes]
+    # What decides how a client sees a frame: the first 15 bytes of its GUID, as text, and
+    # the value and the mask of the comparison. Clients with equal views get equal lines.
+    View = tuple[str, int, int]
 
-    priority: int       # 0-255
-    vscp_class: int     # 0-0xFFFF
-    vscp_type: int      # 0-0xFFFF
-    guid: bytes         # 16 bytes
-
-
-FILTER_ALL = Filter(0, 0, 0, GUID_ZERO)
-
-
-class View(NamedTuple):
-    """What decides how a client sees a frame. Clients with equal views get equal lines."""
-
-    guid_text: str      # the first 15 bytes
-    value: int          # passes when can_id & mask == value
-    mask: int
+FILTER_ALL = (0, 0, 0, GUID_ZERO)
 
 
 def parse_filter(text: str) -> Filter:
@@ -420,16 +412,19 @@ def parse_filter(text: str) -> Filter:
     Raises VscpError when it is not one. Real clients give masks of 0xFFFF for
     the type, too.
 
-    >>> parse_filter("0,0x1FF,0,-").vscp_class
-    511
+    >>> parse_filter("0,0x1FF,0,-")[:3]
+    (0, 511, 0)
     """
     fields = text.split(",")
     if len(fields) != 4:
         raise VscpError("a filter is priority,class,type,GUID")
-    return Filter(parse_number(fields[0], 0xFF, "priority"),
-                  parse_number(fields[1], 0xFFFF, "class"),
-                  parse_number(fields[2], 0xFFFF, "type"),
-                  parse_event_guid(fields[3]))
+    return (parse_number(fields[0], 0xFF, "priority"), parse_number(fields[1], 0xFFFF, "class"),
+            parse_number(fields[2], 0xFFFF, "type"), parse_event_guid(fields[3]))
+
+
+def pack_id(priority: int, vscp_class: int, vscp_type: int, nickname: int) -> int:
+    """The bits of a CAN id, as far as it has room for the fields."""
+    return (priority & 7) << 26 | (vscp_class & 0x1FF) << 16 | (vscp_type & 0xFF) << 8 | nickname
 
 
 def make_view(wanted: Filter, mask: Filter, guid: bytes) -> View:
@@ -440,24 +435,22 @@ def make_view(wanted: Filter, mask: Filter, guid: bytes) -> View:
     512 lower, as events from CAN have no other. What no frame can match (class
     mask 0xFFFF and filter 2000, say) becomes mask 0, value 1: nothing passes.
 
-    >>> view = make_view(Filter(0, 20, 0, GUID_ZERO), Filter(0, 0xFFFF, 0, GUID_ZERO), GUID_ZERO)
-    >>> f"{view.value:08X} {view.mask:08X}"
+    >>> _, value, mask = make_view((0, 20, 0, GUID_ZERO), (0, 0xFFFF, 0, GUID_ZERO), GUID_ZERO)
+    >>> f"{value:08X} {mask:08X}"
     '00140000 01FF0000'
     """
     guid_text = format_guid(guid[:15])
-    vscp_class = wanted.vscp_class
+    priority, vscp_class, vscp_type, wanted_guid = wanted
+    priority_mask, class_mask, type_mask, guid_mask = mask
     if 512 <= vscp_class <= 1023:
         vscp_class -= 512
     same_guid = all((ours ^ theirs) & bits == 0
-                    for ours, theirs, bits in zip(guid[:15], wanted.guid, mask.guid))
-    if (not same_guid or wanted.priority & mask.priority > 7
-            or vscp_class & mask.vscp_class > 0x1FF or wanted.vscp_type & mask.vscp_type > 0xFF):
-        return View(guid_text, value=1, mask=0)
-    bits = ((mask.priority & 7) << 26 | (mask.vscp_class & 0x1FF) << 16
-            | (mask.vscp_type & 0xFF) << 8 | mask.guid[15])
-    value = ((wanted.priority & 7) << 26 | (vscp_class & 0x1FF) << 16
-             | (wanted.vscp_type & 0xFF) << 8 | wanted.guid[15])
-    return View(guid_text, value & bits, bits)
+                    for ours, theirs, bits in zip(guid[:15], wanted_guid, guid_mask))
+    if (not same_guid or priority & priority_mask > 7
+            or vscp_class & class_mask > 0x1FF or vscp_type & type_mask > 0xFF):
+        return guid_text, 1, 0
+    bits = pack_id(priority_mask, class_mask, type_mask, guid_mask[15])
+    return guid_text, pack_id(priority, vscp_class, vscp_type, wanted_guid[15]) & bits, bits
 
 
 def pack_filters(wanted: Iterable[tuple[int, int]]) -> bytes:
@@ -599,11 +592,12 @@ class Session:
     def do_wcyd(self) -> str:
         return ok("-".join(f"{byte:02X}" for byte in self.daemon.capabilities.to_bytes(8, "big")))
 
-    def do_interface(self, action: str = "list") -> str:
-        action = action.lower()
-        if action in ("close", "unique", "normal"):
+    def do_interface(self, action: str = "list", *more: str) -> str:
+        if action.lower() in ("close", "unique", "normal"):
             return self.do_unsupported()
-        if action != "list":
+        if more:
+            raise VscpError("wrong number of arguments")
+        if action.lower() != "list":
             raise VscpError("interface knows only LIST")
         return ok(*self.daemon.interfaces(self))
 
@@ -700,16 +694,18 @@ class Session:
 # All that is known about a command stands in its row: HELP prints the table,
 # run_command looks up, checks the privilege, counts the arguments and calls.
 
-class Command(NamedTuple):
+class Command:
     """A row of the command table."""
 
-    names: str                  # the command and its aliases
-    arguments: str              # as HELP shows them
-    least: int                  # number of arguments
-    most: int
-    privilege: int              # 0-15, what a client must have
-    handler: Callable[..., str]
-    summary: str
+    def __init__(self, names: str, arguments: str, least: int, most: int, privilege: int,
+                 handler: Callable[..., str], summary: str) -> None:
+        self.names = names              # the command and its aliases
+        self.arguments = arguments      # as HELP shows them
+        self.least = least              # number of arguments
+        self.most = most
+        self.privilege = privilege      # 0-15, what a client must have
+        self.handler = handler
+        self.summary = summary
 
     def help(self) -> str:
         """One line: names, arguments and what the command does."""
@@ -718,7 +714,7 @@ class Command(NamedTuple):
         return f"{name} {self.arguments}".rstrip() + f": {self.summary}{also}"
 
 
-ANY = 99
+ANY = MAX_LINE                  # as many arguments as a line can have
 COMMANDS = (
     Command("noop", "", 0, 0, 0, Session.do_noop, "nothing, is answered +OK"),
     Command("quit exit", "", 0, 0, 0, Session.do_quit, "end this connection"),
@@ -728,7 +724,7 @@ COMMANDS = (
     Command("help", "[COMMAND]", 0, 1, 0, Session.do_help, "this list, or one line of it"),
     Command("vers version", "", 0, 0, 0, Session.do_vers, "version of the daemon"),
     Command("wcyd whatcanyoudo", "", 0, 0, 0, Session.do_wcyd, "capabilities, 64 bits"),
-    Command("interface", "[list]", 0, 1, 0, Session.do_interface, "list the interfaces"),
+    Command("interface", "[list]", 0, ANY, 0, Session.do_interface, "list the interfaces"),
     Command("cdta chdata chkdata checkdata", "", 0, 0, 1, Session.do_cdta,
             "number of buffered events"),
     Command("clra clrall clearall", "", 0, 0, 1, Session.do_clra, "forget the buffered events"),
@@ -793,14 +789,19 @@ def run_command(session: Session, line: str) -> str:
 WELL, WARNING, PASSIVE, BUS_OFF, AWAY = range(5)     # AWAY: no usable interface
 
 
-class BusState(NamedTuple):
+class BusState:
     """How the bus is doing, as INFO tells it."""
 
-    status: int         # WELL to AWAY
-    code: int           # error classes of linux/can/error.h; status 4: an errno
-    subcode: int        # state of the controller, data[1] of an error frame
-    text: str
-    advice: str = ""    # what helps, a command to type where there is one
+    def __init__(self, status: int, code: int, subcode: int, text: str, advice: str = "") -> None:
+        self.status = status        # WELL to AWAY
+        self.code = code            # error classes of linux/can/error.h; AWAY: an errno
+        self.subcode = subcode      # state of the controller, data[1] of an error frame
+        self.text = text
+        self.advice = advice        # what helps, a command to type where there is one
+
+    def trouble(self) -> str:
+        """What is wrong and what helps, for a person."""
+        return self.text + (f", try: {self.advice}" if self.advice else "")
 
 
 BUS_WELL = BusState(WELL, 0, 0, "OK")
@@ -829,7 +830,7 @@ class Bus:
         """
         if len(self.frames) >= FRAMES_IN_KERNEL:
             raise BusFull("too much traffic")
-        self.frames.append(Frame(can_id, data, time.time_ns() // 1000, sender))
+        self.frames.append((can_id, data, time.time_ns() // 1000, sender))
 
     def receive(self, limit: int) -> list[Frame]:
         """Up to `limit` frames that have come, oldest first."""
@@ -857,31 +858,32 @@ class OwnFrames:
     MOST_DOUBTFUL = 1000
 
     def __init__(self) -> None:
-        self.pending: deque[Frame] = deque()        # time_us: when it was sent
+        self.pending: deque[Frame] = deque()        # with the time when they were sent
         self.doubtful: deque[Frame] = deque(maxlen=self.MOST_DOUBTFUL)
 
     def add(self, frame: Frame, expected: bool) -> None:
         """A frame was sent; `expected` says whether the filter lets it come back."""
         (self.pending if expected else self.doubtful).append(frame)
 
-    def doubt(self, lost: Callable[[Frame], bool]) -> None:
-        """Those of which this is true may not come back."""
-        self.doubtful.extend(frame for frame in self.pending if lost(frame))
-        self.pending = deque(frame for frame in self.pending if not lost(frame))
+    def doubt(self, lost: Callable[[int, int], bool]) -> None:
+        """Those may not come back of whose CAN id and time of sending this is true."""
+        pending, self.pending = self.pending, deque()
+        for frame in pending:
+            self.add(frame, not lost(frame[0], frame[2]))
 
     def claim(self, frame: Frame) -> Frame | None:
         """The frame that came back with its sender, None when nobody remembers it."""
         for own in self.pending:
-            if own[:2] == frame[:2] and own.time_us <= frame.time_us:
+            if own[:2] == frame[:2] and own[2] <= frame[2]:
                 while self.pending[0] is not own:
                     self.doubtful.append(self.pending.popleft())
                 self.pending.popleft()
-                return frame._replace(sender=own.sender)
+                return (*frame[:3], own[3])
         # Of two that are alike the older one is the lost one.
         for own in reversed(self.doubtful):
             if own[:2] == frame[:2]:
                 self.doubtful.remove(own)
-                return frame._replace(sender=own.sender)
+                return (*frame[:3], own[3])
         return None
 
 
@@ -1001,12 +1003,12 @@ class SocketCan(Bus):
 
     def set_state(self, state: BusState) -> None:
         """Note how the bus is doing; a change is logged once."""
-        if state == self.state:
+        if vars(state) == vars(self.state):
             return
         self.state = state
         if state.status >= BUS_OFF:
             now_us = time.time_ns() // 1000
-            self.own.doubt(lambda frame: frame.time_us <= now_us)
+            self.own.doubt(lambda _can_id, sent_us: sent_us <= now_us)
         # An interface that is being removed goes down first: check() tells if it stays down.
         if state.code != errno.ENETDOWN or state.status != AWAY:
             self.tell()
@@ -1020,7 +1022,7 @@ class SocketCan(Bus):
             log.info(f"{self.name}: the bus is back, was: {before.text}")
         else:
             where = "" if self.state.status == AWAY else f"{self.name}: "
-            log.warning(where + self.trouble())
+            log.warning(where + self.state.trouble())
 
     def has_carrier(self) -> bool:
         """Whether Linux gives frames to the controller; if not, it drops them in silence."""
@@ -1037,7 +1039,7 @@ class SocketCan(Bus):
 
     def set_filters(self, wanted: list[tuple[int, int]], own: bool) -> None:
         self.wanted, self.own_wanted = wanted, own
-        self.own.doubt(lambda frame: not self.passes(frame.can_id))
+        self.own.doubt(lambda can_id, _sent_us: not self.passes(can_id))
         if self.sock is None:
             return
         try:
@@ -1052,9 +1054,9 @@ class SocketCan(Bus):
 
     def send(self, can_id: int, data: bytes, sender: Session | None) -> None:
         if self.sock is None:
-            raise BusError(self.trouble())
+            raise BusError(self.state.trouble())
         if self.state.status == BUS_OFF and not self.has_carrier():
-            raise BusFull(self.trouble())
+            raise BusFull(self.state.trouble())
         sent_us = time.time_ns() // 1000 if self.own_wanted else 0
         try:
             self.sock.send(pack_frame(can_id, data))
@@ -1063,13 +1065,9 @@ class SocketCan(Bus):
                 raise BusFull(f"{self.name} takes no more frames: nobody acknowledges, "
                               "bus off, or too much traffic") from None
             self.on_away(error.errno or errno.EIO)
-            raise BusError(self.trouble()) from None
+            raise BusError(self.state.trouble()) from None
         if self.own_wanted:
-            self.own.add(Frame(can_id, data, sent_us, sender), self.passes(can_id))
-
-    def trouble(self) -> str:
-        """What is wrong with the bus and what helps, for a person."""
-        return self.state.text + (f", try: {self.state.advice}" if self.state.advice else "")
+            self.own.add((can_id, data, sent_us, sender), self.passes(can_id))
 
     def receive(self, limit: int) -> list[Frame]:
         frames: list[Frame] = []
@@ -1087,21 +1085,21 @@ class SocketCan(Bus):
                         time_us = seconds * 1000000 + nanoseconds // 1000
                     elif kind == SO_RXQ_OVFL:
                         dropped, = struct.unpack("=I", value)
-                frame = Frame(can_id & EFF_MASK, data[:length],
-                              time_us or time.time_ns() // 1000, None)
+                time_us = time_us or time.time_ns() // 1000
                 if dropped != self.dropped:
-                    self.on_dropped(dropped, frame.time_us)
+                    self.on_dropped(dropped, time_us)
                 if can_id & ERR_FLAG:
                     self.on_error_frame(can_id, data[1])
                     continue
                 if self.state is not BUS_WELL:
                     self.on_traffic(bool(flags & MSG_CONFIRM))
-                if not flags & MSG_CONFIRM:
-                    frames.append(frame)
-                    continue
-                own = self.own.claim(frame)
-                if own is not None:     # else it was sent when there was nobody else to get it
-                    frames.append(own)
+                frame: Frame = (can_id & EFF_MASK, data[:length], time_us, None)
+                if flags & MSG_CONFIRM:
+                    own = self.own.claim(frame)
+                    if own is None:         # it was sent when there was nobody else to get it
+                        continue
+                    frame = own
+                frames.append(frame)
         except BlockingIOError:
             pass                # the kernel has no more
         except OSError as error:
@@ -1114,7 +1112,7 @@ class SocketCan(Bus):
         """The kernel's running total of frames that its full buffer dropped has changed."""
         self.overruns += total - self.dropped & 0xFFFFFFFF
         self.dropped = total
-        self.own.doubt(lambda frame: frame.time_us <= time_us)
+        self.own.doubt(lambda _can_id, sent_us: sent_us <= time_us)
 
     def on_traffic(self, own: bool) -> None:
         """A frame went over the bus, so somebody is there; `own`: it was one of ours."""
@@ -1186,14 +1184,10 @@ class Client:
         self.segment = max(536, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))
         self.interest = 0                   # what the selector watches
         self.streaming = False              # events are sent as they come
-        self.stream_at = 0.0                # the time from which they are
-        self.sign_of_life_at = 0.0
-        self.deadline: float | None = None   # until when the first line waits for room
-        self.work_due = False               # a timer will call work
-        self.paused = False                 # a reply is held back
-        self.dirty = False                  # to be flushed at the end of this turn
-        self.leaving = False                # only a last reply is still to arrive ...
-        self.leave_by = 0.0                 # ... until then
+        self.loops = 0                      # how often the receive loop was entered or left
+        self.paused = False                 # a reply is held back, no further line runs
+        self.send_by: float | None = None   # until when the first line waits for room
+        self.leave_by: float | None = None  # only a last reply is still to arrive, until then
         self.ended = False                  # the peer sends no more
         self.closed = False
 
@@ -1207,24 +1201,29 @@ class Client:
             action(*arguments)
         except OSError as error:
             self.daemon.drop(self, error.strerror or str(error))
-        except Exception:
-            import traceback
+        except Exception as error:
             log.error(f"{self.session.name}: a bug in uvscpd.py, the client is dropped:\n"
-                      + traceback.format_exc())
+                      + traceback_text(error))
             self.daemon.drop(self, "internal error")
 
     def later(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
         self.daemon.call_later(delay_s, self.guarded, action, *arguments)
 
     def on_ready(self, mask: int) -> None:
-        self.mark_dirty()
         if mask & selectors.EVENT_READ:
             self.guarded(self.read)
+        self.guarded(self.turn)
 
-    def mark_dirty(self) -> None:
-        if not self.dirty:
-            self.dirty = True
-            self.daemon.dirty.append(self)
+    def turn(self) -> None:
+        """Run some of the lines that have come, send what the connection takes."""
+        self.flush()
+        if not self.output:                 # else the peer shall read its replies first
+            self.work()
+            self.flush()
+        if self.leave_by is not None and not self.output:
+            self.shut_down()
+        if not self.closed:
+            self.watch()
 
     # --- reading and commands ---
 
@@ -1234,19 +1233,14 @@ class Client:
         except BlockingIOError:
             return
         self.ended = not data
-        if self.leaving:
-            if self.ended:
-                self.daemon.drop(self, "")
-            return
-        self.lines.extend(self.splitter.feed(data) if data else [self.END])
-        self.work()
+        if self.leave_by is None:
+            self.lines.extend(self.splitter.feed(data) if data else [self.END])
 
     def work(self) -> None:
         """Run some of the lines that have come; the other clients have their turn, too."""
-        self.work_due = False
         replies: list[str] = []
         for _ in range(LINES_A_TURN):
-            if not self.lines or self.session.closing or self.held_up():
+            if not self.lines or self.paused or self.session.closing:
                 break
             looping = self.session.rcvloop
             reply = self.run_line(self.lines[0])
@@ -1258,36 +1252,15 @@ class Client:
                 self.write("".join(replies))        # and what follows is a write of its own
                 self.write(reply)
                 replies.clear()
-                continue
-            if self.session.delay_s:
+            elif self.session.delay_s:
                 self.paused = True
                 self.later(self.session.delay_s, self.resume, reply)
                 self.session.delay_s = 0
-                break
-            replies.append(reply)
+            else:
+                replies.append(reply)
         self.write("".join(replies))
         if self.session.closing and not self.paused:
             self.leave()
-        elif self.deadline is None:
-            self.work_on()
-
-    def work_on(self) -> None:
-        """Run what is left in the next turn."""
-        if self.lines and not self.work_due and not self.held_up():
-            self.work_due = True
-            self.later(0, self.work)
-
-    def held_up(self) -> bool:
-        """Whether replies must go out before more lines run; a SEND under way goes on."""
-        return self.paused or bool(self.interest & selectors.EVENT_WRITE) and self.deadline is None
-
-    def resume(self, reply: str) -> None:
-        """Give a reply that was held back."""
-        self.paused = False
-        self.write(reply)
-        if self.session.closing:
-            self.leave()
-        self.work_on()
 
     def run_line(self, line: str) -> str | None:
         """The reply to a line, None while it has to wait for room on the bus."""
@@ -1296,74 +1269,74 @@ class Client:
             return ""
         if line is LineSplitter.TOO_LONG:
             return refusal("line length exceeded")
-        if log.debugging and self.deadline is None:
+        if log.debugging and self.send_by is None:
             log.debug(f"{self.session.name} > {hide_password(line)}")
         try:
             reply = run_command(self.session, line)
         except BusFull as full:
-            now = self.daemon.now
-            if self.deadline is None:
-                self.deadline = now + SEND_WAIT_S
+            if self.send_by is None:
+                self.send_by = self.daemon.now + SEND_WAIT_S
+            if self.daemon.now < self.send_by:
+                self.paused = True
                 self.daemon.wait_for_room(self)
-            if now < self.deadline:
                 return None
             reply = refusal(full)
-        self.deadline = None
+        self.send_by = None
         return reply
+
+    def resume(self, reply: str = "") -> None:
+        """Give a reply that was held back, and go on with the lines."""
+        self.paused = False
+        self.write(reply)
+        self.turn()
 
     # --- events and writing ---
 
     def put(self, lines: list[str], block: bytes) -> None:
-        """Take event lines, also given as one block, to be sent in this turn or buffered."""
+        """Take event lines, also given as one block, to be sent now or buffered."""
         session = self.session
         session.rx_frames += len(lines)
         session.rx_commas += block.count(b",")
         if not self.streaming or self.output or session.fifo:
             session.buffer(lines)
-        elif len(block) <= self.segment:
-            self.output.append(block)
-        else:
-            self.output.extend(split_lines(block, self.segment))
-        self.mark_dirty()
+            return
+        self.output.extend(split_lines(block, self.segment))
+        self.guarded(self.flush)
+        if self.output:
+            self.daemon.due.add(self)
 
     def on_rcvloop(self) -> None:
         """The receive loop was entered or left."""
         self.streaming = False
+        self.loops += 1
         if self.session.rcvloop:
-            self.stream_at = self.daemon.now + RCVLOOP_PAUSE_S
-            self.later(RCVLOOP_PAUSE_S, self.start_streaming)
+            self.later(RCVLOOP_PAUSE_S, self.start_streaming, self.loops)
 
-    def start_streaming(self) -> None:
-        # A timer from before a QUITLOOP may come early: it is not its turn.
-        if not self.session.rcvloop or self.daemon.now < self.stream_at:
-            return
-        self.streaming = True
-        self.await_sign_of_life()
-        self.mark_dirty()
+    def start_streaming(self, loop: int) -> None:
+        if loop == self.loops:              # it has not been left since
+            self.streaming = True
+            self.turn()
+            self.later(SIGN_OF_LIFE_S, self.sign_of_life, loop)
 
-    def await_sign_of_life(self) -> None:
-        self.sign_of_life_at = self.daemon.now + SIGN_OF_LIFE_S
-        self.later(SIGN_OF_LIFE_S, self.sign_of_life)
-
-    def sign_of_life(self) -> None:
-        if not self.streaming or self.daemon.now < self.sign_of_life_at:
-            return
-        if not self.output:
-            self.write(ok())
-        self.await_sign_of_life()
+    def sign_of_life(self, loop: int) -> None:
+        if loop == self.loops and self.streaming:
+            if not self.output:
+                self.write(ok())
+                self.turn()
+            self.later(SIGN_OF_LIFE_S, self.sign_of_life, loop)
 
     def write(self, text: str) -> None:
-        """Have text sent at the end of this turn, a segment's worth of lines a write."""
+        """Have text sent by the next flush, a segment's worth of lines a write."""
         if log.debugging:
             for line in text.splitlines():
                 log.debug(f"{self.session.name} < {line}")
         self.output.extend(split_lines(text.encode("ascii"), self.segment))
-        self.mark_dirty()
 
     def flush(self) -> None:
-        """Send what the connection takes, and watch for what comes next."""
-        self.dirty = False
-        while self.output or self.session.fifo and self.fill():
+        """Send what the connection takes of the output and then of the FIFO."""
+        while self.output or self.streaming and self.session.fifo:
+            if not self.output:
+                self.output.append(self.next_block())
             block = self.output[0]
             try:
                 sent = self.sock.send(block)
@@ -1373,22 +1346,16 @@ class Client:
                 self.output[0] = block[sent:]
                 break
             self.output.popleft()
-        if self.leaving and not self.output:
-            self.shut_down()
-        self.watch()
 
-    def fill(self) -> bool:
-        """Move a segment's worth of events from the FIFO to the output, if they may go there."""
+    def next_block(self) -> bytes:
+        """Take a segment's worth of events from the FIFO, at least one."""
         fifo = self.session.fifo
-        if not self.streaming:
-            return False
         lines = [fifo.popleft()]
         room = self.segment - len(lines[0])
         while fifo and len(fifo[0]) <= room:
             room -= len(fifo[0])
             lines.append(fifo.popleft())
-        self.output.append("".join(lines).encode("ascii"))
-        return True
+        return "".join(lines).encode("ascii")
 
     def watch(self) -> None:
         """Have the selector watch for what this client can use now."""
@@ -1397,29 +1364,38 @@ class Client:
             interest = selectors.EVENT_WRITE
         elif not self.lines and not self.ended:
             interest = selectors.EVENT_READ
-        if interest != self.interest and not self.closed:
+        elif self.lines and not self.paused:
+            self.daemon.due.add(self)       # the next lines run in the next turn
+        if interest != self.interest:
             self.daemon.watch(self.sock, self.interest, interest, self.on_ready)
             self.interest = interest
-            if self.deadline is None:
-                self.work_on()
 
     # --- the end ---
 
     def leave(self) -> None:
         """Close once the last reply has arrived: closing at once could reset it away."""
-        if not self.leaving:
-            self.leaving = True
+        if self.leave_by is None:
+            self.leave_by = self.daemon.now + LINGER_S
             self.streaming = False
             self.lines.clear()
             self.daemon.on_leaving(self)
-            self.leave_by = self.daemon.now + LINGER_S
-            self.mark_dirty()
 
     def shut_down(self) -> None:
         """Tell the peer that nothing follows; read() takes in what it still sends."""
-        self.sock.shutdown(socket.SHUT_WR)
         if self.ended:
             self.daemon.drop(self, "")
+        else:
+            self.sock.shutdown(socket.SHUT_WR)
+
+
+def traceback_text(error: BaseException) -> str:
+    """Where an exception comes from, the last call last; reads no file, as traceback would."""
+    lines = ["Traceback (most recent call last):"]
+    trace = error.__traceback__
+    while trace:
+        lines.append(f"  line {trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}")
+        trace = trace.tb_next
+    return "\n".join([*lines, f"{type(error).__name__}: {error}"])
 
 
 def hide_password(line: str) -> str:
@@ -1447,10 +1423,9 @@ class Daemon:
         self.clients: set[Client] = set()
         self.leaving: set[Client] = set()       # told to go, not counted any more
         self.views: dict[View, list[Client]] = {}
-        self.dirty: list[Client] = []           # to be flushed at the end of this turn
+        self.due: set[Client] = set()           # have something to do when this turn ends
         self.senders: deque[Client] = deque()   # wait for room in the transmit queue
         self.now = time.monotonic()             # when this turn began; a clock is slow to read
-        self.retry_due = False                  # a timer will call retry_senders
         self.timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.timer_numbers = itertools.count()  # equal times run in the order they were set
         self.last_id = 0
@@ -1480,22 +1455,22 @@ class Daemon:
         self.check_bus()
         while not self.stopping:
             timeout = None
-            if self.bus.frames:
+            if self.due or self.bus.frames:
                 timeout = 0.0
             elif self.timers:
                 timeout = max(0.0, self.timers[0][0] - self.now)
             ready = self.selector.select(timeout)
             self.now = time.monotonic()
-            timers = self.due_timers()          # one set in this turn runs in the next one
+            while self.timers and self.timers[0][0] < self.now:
+                _when, _number, action, arguments = heapq.heappop(self.timers)
+                action(*arguments)
             for key, mask in ready:
                 key.data(mask)
-            for action, arguments in timers:
-                action(*arguments)
             if self.bus.frames:
                 self.pump(FRAMES_A_TURN)
-            dirty, self.dirty = self.dirty, []
-            for client in dirty:
-                client.guarded(client.flush)
+            due, self.due = self.due, set()
+            for client in due:
+                client.guarded(client.turn)
 
     def stop(self) -> None:
         self.stopping = True
@@ -1513,17 +1488,9 @@ class Daemon:
         self.wake_up.recv(READ_SIZE)
 
     def call_later(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
-        """Call something after so many seconds, in the next turn at the earliest."""
-        when = self.now + delay_s
-        heapq.heappush(self.timers, (when, next(self.timer_numbers), action, arguments))
-
-    def due_timers(self) -> list[tuple[Callable[..., None], tuple[Any, ...]]]:
-        """What is to be called now."""
-        due = []
-        while self.timers and self.timers[0][0] <= self.now:
-            _when, _number, action, arguments = heapq.heappop(self.timers)
-            due.append((action, arguments))
-        return due
+        """Call something after so many seconds."""
+        heapq.heappush(self.timers, (self.now + delay_s, next(self.timer_numbers), action,
+                                     arguments))
 
     def watch(self, sock: socket.socket, before: int, now: int,
               action: Callable[[int], None]) -> None:
@@ -1541,8 +1508,9 @@ class Daemon:
         """Twice a second: bring back a bus that was away, end what lingers, tell systemd."""
         self.bus.check()
         self.watch_bus()
-        for client in [client for client in self.leaving if client.leave_by < self.now]:
-            self.drop(client, "")
+        for client in list(self.leaving):
+            if client.leave_by is not None and client.leave_by < self.now:
+                self.drop(client, "")
         status = f"STATUS={self.bus.name}: {self.bus.state.text}, {len(self.clients)} clients"
         if status != self.status:
             self.status = status
@@ -1596,23 +1564,25 @@ class Daemon:
     def pump(self, limit: int) -> int:
         """Take frames from the bus and hand them to the clients; returns how many."""
         frames = self.bus.receive(limit)
+        if not frames:
+            return 0
         if self.options.answer_probes:
-            for frame in frames:
-                if frame.can_id & PROBE_MASK == PROBE:
-                    self.answer(frame)
+            for can_id, data, _, _ in frames:
+                if can_id & PROBE_MASK == PROBE:
+                    self.answer(can_id, data)
         if log.debugging:
             for frame in frames:
                 log.debug(self.describe(frame))
-        texts = [(frame, *format_event(frame)) for frame in frames]
-        senders = {frame.sender for frame in frames}
+        texts = [(frame[0], frame[3], *format_event(frame)) for frame in frames]
+        senders = {sender for _, sender, _, _ in texts}
         for (guid_text, value, mask), clients in self.views.items():
-            seen = [text for text in texts if text[0].can_id & mask == value]
-            lines = [before + guid_text + after for _, before, after in seen]
+            seen = [(sender, before + guid_text + after) for can_id, sender, before, after in texts
+                    if can_id & mask == value]
+            lines = [line for _, line in seen]
             block = "".join(lines).encode("ascii")
             for client in clients:
                 if client.session in senders:       # nobody gets back what he sent himself
-                    others = [line for line, (frame, _, _) in zip(lines, seen)
-                              if frame.sender is not client.session]
+                    others = [line for sender, line in seen if sender is not client.session]
                     if others:
                         client.put(others, "".join(others).encode("ascii"))
                 elif lines:
@@ -1621,13 +1591,12 @@ class Daemon:
 
     def describe(self, frame: Frame) -> str:
         """A frame for a person to read."""
-        can_id = frame.can_id
-        origin = frame.sender.name if frame.sender else self.bus.name
-        data = " ".join([f"{byte:02X}" for byte in frame.data])
-        return (f"{origin} * class {can_id >> 16 & 0x1FF} type {can_id >> 8 & 0xFF} "
-                f"nickname {can_id & 0xFF} data {data}")
+        can_id, data, _, sender = frame
+        return (f"{sender.name if sender else self.bus.name} * class {can_id >> 16 & 0x1FF} "
+                f"type {can_id >> 8 & 0xFF} nickname {can_id & 0xFF} "
+                f"data {' '.join([f'{byte:02X}' for byte in data])}")
 
-    def answer(self, probe: Frame) -> None:
+    def answer(self, can_id: int, data: bytes) -> None:
         """Tell a node that looks for a server where this one is.
 
         High end server probe and response, class 0 types 27 and 28 (VSCP
@@ -1635,14 +1604,14 @@ class Daemon:
         node's IPv4 address; the response is 16 capability bits, our IPv4 address
         as the node reaches it, and the port.
         """
-        address = self.address_for(probe.data)
+        address = self.address_for(data)
         if address is None or len(self.answers) == MOST_ANSWERS and self.now < self.answers[0] + 1:
             return
         self.answers.append(self.now)
-        data = struct.pack(">H4sH", self.capabilities & 0xFFFF, socket.inet_aton(address),
-                           self.listener.getsockname()[1])
+        answer = struct.pack(">H4sH", self.capabilities & 0xFFFF, socket.inet_aton(address),
+                             self.listener.getsockname()[1])
         try:
-            self.bus.send(probe.can_id & 0x1C000000 | PROBE_RESPONSE, data, None)
+            self.bus.send(can_id & 0x1C000000 | PROBE_RESPONSE, answer, None)
         except BusError as error:
             log.debug(f"no answer to a probe: {error}")
 
@@ -1650,38 +1619,28 @@ class Daemon:
         """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
         if data and data[0] != 0:
             return None         # it does not speak TCP/IP
-        bound = ipaddress.ip_address(self.listener.getsockname()[0].partition("%")[0])
-        if not bound.is_unspecified:
-            return str(bound) if bound.version == 4 else None
-        node = socket.inet_ntoa(data[1:5]) if len(data) >= 5 else "192.0.2.1"
-        return address_towards(node)
+        bound = plain_address(self.listener.getsockname()[0])
+        if bound not in ("::", "0.0.0.0"):
+            return None if ":" in bound else bound
+        told = len(data) >= 5 and any(data[1:5])
+        return address_towards(socket.inet_ntoa(data[1:5]) if told else "192.0.2.1")
 
     # --- from the clients to the bus ---
 
     def wait_for_room(self, client: Client) -> None:
         """The client's first line is a SEND for which the transmit queue has no room."""
         self.senders.append(client)
-        self.retry_later()
+        if len(self.senders) == 1:
+            self.call_later(SEND_RETRY_S, self.retry_senders)
 
     def retry_senders(self) -> None:
-        """Let those that wait try again, in turn, as long as there is room."""
-        self.retry_due = False
-        for _ in range(len(self.senders)):      # one that waits anew has its turn later
-            if not self.senders:
-                break
-            client = self.senders[0]
-            deadline = client.deadline
-            client.guarded(client.work)
-            if deadline is not None and client.deadline == deadline:
-                break               # no room yet; it keeps its place
-            if self.senders and self.senders[0] is client:
-                self.senders.popleft()
-        self.retry_later()
-
-    def retry_later(self) -> None:
-        if self.senders and not self.retry_due:
-            self.retry_due = True
-            self.call_later(SEND_RETRY_S, self.retry_senders)
+        """Let those that wait try again, in turn, until one finds no room."""
+        senders, self.senders = self.senders, deque()
+        while senders and not self.senders:
+            client = senders.popleft()
+            client.guarded(client.resume)
+        senders.extend(self.senders)        # that one is the last now
+        self.senders = senders
 
     # --- clients ---
 
@@ -1693,8 +1652,7 @@ class Daemon:
         except OSError as error:
             self.on_accept_error(error)
             return
-        host = address[0][7:] if address[0].startswith("::ffff:") else address[0]
-        host = host.partition("%")[0]
+        host = plain_address(address[0])
         name = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
         try:
             sock.setblocking(False)
@@ -1720,17 +1678,15 @@ class Daemon:
 
     def allowed(self, host: str) -> bool:
         """Whether an address may connect."""
-        address = ipaddress.ip_address(host)
         patterns = self.options.allow
-        return not patterns or any(
-            fnmatch.fnmatchcase(str(address), pattern) if isinstance(pattern, str)
-            else address in pattern for pattern in patterns)
+        return not patterns or any(matches(host) for matches in patterns)
 
     def refuse(self, client: Client, reason: str) -> None:
         """Say why, and close."""
         log.warning(f"{client.session.name}: refused: {reason}")
         client.write(refusal(reason))
         client.leave()
+        client.guarded(client.turn)
 
     def on_accept_error(self, error: OSError) -> None:
         """Out of descriptors or memory: no more connections for a moment."""
@@ -1753,13 +1709,14 @@ class Daemon:
                      + (ok(text=f"waiting for {self.bus.name}: {os.strerror(state.code)}")
                         if state.status == AWAY
                         else ok(text=f"Success, connected to {self.bus.name}")))
+        client.guarded(client.turn)
 
     def views_changed(self) -> None:
         """Sort the clients by what they see, and have the kernel filter what nobody does."""
         self.views = {}
         for client in self.clients:
             self.views.setdefault(client.session.view, []).append(client)
-        wanted = [(view.value, view.mask) for view in self.views]
+        wanted = [(value, mask) for _, value, mask in self.views]
         if self.options.answer_probes:
             wanted.append((PROBE, PROBE_MASK))
         self.bus.set_filters(wanted, len(self.clients) > 1 or self.options.answer_probes)
@@ -1782,8 +1739,7 @@ class Daemon:
             self.selector.unregister(client.sock)
         client.sock.close()
         self.leaving.discard(client)
-        if client in self.senders:
-            self.senders.remove(client)
+        self.due.discard(client)
         if client in self.clients:
             self.clients.remove(client)
             self.views_changed()
@@ -1832,7 +1788,8 @@ class Parser(argparse.ArgumentParser):
 def number_from(least: int, most: int) -> Callable[[str], int]:
     """An argparse type: a decimal number in this range."""
     def convert(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        if not (text.isascii() and text.isdigit() and len(text) < 10
+                and least <= int(text) <= most):
             raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} to {most}")
         return int(text)
     return convert
@@ -1885,17 +1842,20 @@ def network_interfaces() -> list[str]:
 
 def address_argument(text: str) -> str:
     address, _, zone = text.partition("%")
-    try:
-        if ipaddress.ip_address(address).version == 4 and zone:
-            raise ValueError
-        return text
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an IPv4 or IPv6 address") from None
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, address)
+        except OSError:
+            continue
+        if family == socket.AF_INET6 or not zone:
+            return text
+    raise argparse.ArgumentTypeError(f"'{text}' is not an IPv4 or IPv6 address")
 
 
 def interface_argument(text: str) -> str:
     # IFNAMSIZ is 16 with the final zero; the kernel's dev_valid_name has the rest.
-    if text != ":virtual:" and not re.fullmatch(r"(?!\.\.?$)[!-.0-9;-~]{1,15}", text):
+    if text != ":virtual:" and (not 0 < len(text) < 16 or text in (".", "..") or not all(
+            "!" <= character <= "~" and character not in "/:" for character in text)):
         raise argparse.ArgumentTypeError(f"'{text}' is not the name of an interface")
     return text
 
@@ -1907,23 +1867,38 @@ def login_argument(text: str) -> str:
     return text
 
 
-def pattern_argument(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str:
-    """A network, or a lower-case pattern where `*` stands for anything."""
+def pattern_argument(text: str) -> Callable[[str], bool]:
+    """Says of an address whether it is in the network or like the pattern, `*` being anything."""
+    import fnmatch
+    import ipaddress
     byte, word = r"(\*|25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})", r"(\*|[0-9a-f]{0,4})"
-    if "*" in text and re.fullmatch(rf"{byte}(\.{byte}){{0,3}}|{word}(:{word}){{0,7}}",
-                                    text.lower()):
-        return text.lower()
+    pattern = text.lower()
+
+    def is_like(host: str) -> bool:
+        address = ipaddress.ip_address(host)
+        fields = address.exploded.split(":")
+        # IPv6 with `::` for zeros, and without.
+        return any(fnmatch.fnmatchcase(form, pattern) for form in
+                   (str(address), ":".join([field.lstrip("0") or "0" for field in fields])))
+
+    if "*" in text and re.fullmatch(rf"{byte}(\.{byte}){{0,3}}|{word}(:{word}){{0,7}}", pattern):
+        return is_like
     try:
-        return ipaddress.ip_network(text, strict=False)
+        network = ipaddress.ip_network(text, strict=False)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"'{text}' is not an address, network or pattern") from None
+    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
+        # IPv4 addresses count as such, however they come.
+        network = ipaddress.ip_network(
+            f"{network.network_address.ipv4_mapped}/{network.prefixlen - 96}")
+    return lambda host: ipaddress.ip_address(host) in network
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="uvscpd.py", fromfile_prefix_chars="@",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
         description="The micro VSCP daemon: TCP clients to one CAN bus.",
         epilog="""examples:
   uvscpd.py -s -c :virtual:             try it: no hardware, no kernel support
@@ -1932,8 +1907,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                                         in the background, more options in a file
 
 An argument @FILE stands for the arguments in FILE, one a line. README.md tells the rest.""")
-    parser.add_argument("-v", "--version", action="version", version=f"uvscpd.py {__version__}")
 
+    # All of them in groups: for an option without one argparse makes a formatter, and that
+    # takes as long as the import of typing.
     add = parser.add_argument_group("bus").add_argument
     add("-c", "--canbus", metavar="NAME", type=interface_argument, default="can0",
         help="SocketCAN interface (default %(default)s), or :virtual: for a bus inside the process")
@@ -1966,6 +1942,9 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
         help="stay in the foreground, messages on stderr (default: detach, messages to syslog)")
     add("-d", "--debug", action="store_true", help="tell every command, reply and event")
     add("--pidfile", metavar="FILE", default="", help="write the process id to FILE")
+    add("-h", "--help", action="help", help="show this help and exit")
+    add("-v", "--version", action="version", version=f"uvscpd.py {__version__}",
+        help="show the version and exit")
     try:
         options = parser.parse_args(arguments)
     except (UnicodeDecodeError, RecursionError) as error:
@@ -1973,6 +1952,12 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
     logins = {"user": options.user, "password": options.password}
     options.logins = {what: value for what, value in logins.items() if value}
     return options
+
+
+def plain_address(address: str) -> str:
+    """An address without its zone; an IPv4 address as such, though it comes by IPv6."""
+    address = address.partition("%")[0]
+    return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
 def address_towards(peer: str) -> str | None:
@@ -1999,8 +1984,8 @@ def listen(ip: str | None, port: int) -> socket.socket:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise
             return listen("0.0.0.0", port)
-    family, _, _, _, address = socket.getaddrinfo(
-        ip, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
+    family, _, _, _, address = socket.getaddrinfo(      # bytes, as for text it loads a codec
+        ip.encode(), port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -2087,9 +2072,8 @@ def main(arguments: list[str] | None = None) -> int:
     log.debugging = options.debug
     try:
         return serve(options)
-    except Exception:
-        import traceback
-        log.error("a bug in uvscpd.py, it ends:\n" + traceback.format_exc())
+    except Exception as error:
+        log.error("a bug in uvscpd.py, it ends:\n" + traceback_text(error))
         return 1
 
 
