@@ -1635,6 +1635,12 @@ class ProcessTest(unittest.TestCase):
                     self.assertRegex(result.stderr, rf"\A.*{word}.*\n\Z")
 
     def test_detached(self) -> None:
+        self.detach()
+
+    def test_detached_with_the_standard_files_closed(self) -> None:
+        self.detach(preexec_fn=lambda: os.closerange(0, 3))
+
+    def detach(self, **options: Any) -> None:
         with tempfile.TemporaryDirectory() as directory, socket.socket() as reserved:
             # Nobody else is given a port that is bound, but a daemon can listen on it.
             reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1643,7 +1649,7 @@ class ProcessTest(unittest.TestCase):
             life, other_end = os.pipe()         # which ends when the daemon is no more
             self.addCleanup(os.close, life)
             result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
-                         "uvscpd.pid", cwd=directory, pass_fds=(other_end,))
+                         "uvscpd.pid", cwd=directory, pass_fds=(other_end,), **options)
             os.close(other_end)
             self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
             pidfile = os.path.join(directory, "uvscpd.pid")

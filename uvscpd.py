@@ -49,7 +49,7 @@ import sys
 import syslog
 import time
 from collections import deque
-from functools import lru_cache
+from functools import lru_cache, partialmethod
 
 # Type checkers take this for true. At run time typing would be an eighth of our start.
 TYPE_CHECKING = False
@@ -58,23 +58,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 __version__ = "1.0.0"
-
-
-def notify(text: str) -> None:
-    """Tell systemd about us (sd_notify(3)), when it has asked to be told."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        path = "\0" + address[1:] if address[0] == "@" else address
-        try:
-            notify_socket().sendto(text.encode(), path)
-        except OSError as error:
-            log.debug(f"{address}: {error}")
-
-
-@lru_cache(maxsize=1)
-def notify_socket() -> socket.socket:
-    """Made once: the watchdog is fed also when we are out of descriptors."""
-    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
 
 class Log:
@@ -109,14 +92,9 @@ class Log:
             # the bus goes on without them.
             sys.stderr = None
 
-    def error(self, text: str) -> None:
-        self.write(syslog.LOG_ERR, text)
-
-    def warning(self, text: str) -> None:
-        self.write(syslog.LOG_WARNING, text)
-
-    def info(self, text: str) -> None:
-        self.write(syslog.LOG_INFO, text)
+    error = partialmethod(write, syslog.LOG_ERR)
+    warning = partialmethod(write, syslog.LOG_WARNING)
+    info = partialmethod(write, syslog.LOG_INFO)
 
     def debug(self, text: str) -> None:
         if self.debugging:
@@ -124,6 +102,23 @@ class Log:
 
 
 log = Log()
+
+
+@lru_cache(maxsize=1)
+def notify_socket() -> socket.socket:
+    """Made once: the watchdog is fed also when we are out of descriptors."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+
+def notify(text: str) -> None:
+    """Tell systemd about us (sd_notify(3)), when it has asked to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        path = "\0" + address[1:] if address[0] == "@" else address
+        try:
+            notify_socket().sendto(text.encode(), path)
+        except OSError as error:
+            log.debug(f"{address}: {error}")
 
 
 # =============================================================================
@@ -921,7 +916,7 @@ class SocketCan(Bus):
         except OSError as error:
             if sock is not None:
                 sock.close()
-            self.on_away(error.errno or errno.EIO)
+            self.on_away(error.errno)
             return
         self.sock = sock
         self.dropped = 0
@@ -944,23 +939,19 @@ class SocketCan(Bus):
                 except OSError as error:
                     log.debug(f"socket option {option} of {self.name}: {error.strerror}")
 
-    def flags(self) -> int:
-        """The interface's flags (IFF_...); raises OSError when there is none of that name."""
-        assert self.sock is not None
-        request = struct.pack("16sh14x", self.name.encode(), 0)
-        answer = fcntl.ioctl(self.sock, SIOCGIFFLAGS, request)
-        return int(struct.unpack("16sH14x", answer)[1])
-
     def look_up(self) -> None:
         """Note whether the interface is up, down or gone."""
+        assert self.sock is not None
         try:
-            if self.flags() & IFF_UP:
-                if self.state.status == AWAY:
-                    self.set_state(BUS_WELL)
-            else:
-                self.on_away(errno.ENETDOWN)
+            request = struct.pack("16s24x", self.name.encode())     # struct ifreq
+            flags, = struct.unpack_from("=H", fcntl.ioctl(self.sock, SIOCGIFFLAGS, request), 16)
         except OSError as error:
-            self.on_away(error.errno or errno.EIO)
+            self.on_away(error.errno)
+            return
+        if not flags & IFF_UP:
+            self.on_away(errno.ENETDOWN)
+        elif self.state.status == AWAY:
+            self.set_state(BUS_WELL)
 
     def check(self) -> None:
         if self.state is self.checked:
@@ -980,9 +971,9 @@ class SocketCan(Bus):
             self.sock = None
         self.open()
 
-    def on_away(self, code: int) -> None:
-        """The interface cannot be used: note it with the advice that helps."""
-        name = self.name
+    def on_away(self, code: int | None) -> None:
+        """The interface cannot be used, for this errno: note it with the advice that helps."""
+        name, code = self.name, code or errno.EIO
         up = f"ip link set {name} up" + (" type can bitrate 125000" if name[:3] == "can" else "")
         if code == errno.ENETDOWN:
             text, advice = f"interface {name} is down", up
@@ -1046,7 +1037,7 @@ class SocketCan(Bus):
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, pack_filters(wanted))
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, own)
         except OSError as error:            # the interface goes at this very moment
-            self.on_away(error.errno or errno.EIO)
+            self.on_away(error.errno)
 
     def passes(self, can_id: int) -> bool:
         """Whether the kernel's filter lets a frame through."""
@@ -1064,7 +1055,7 @@ class SocketCan(Bus):
             if error.errno in (errno.ENOBUFS, errno.EAGAIN):
                 raise BusFull(f"{self.name} takes no more frames: nobody acknowledges, "
                               "bus off, or too much traffic") from None
-            self.on_away(error.errno or errno.EIO)
+            self.on_away(error.errno)
             raise BusError(self.state.trouble()) from None
         if self.own_wanted:
             self.own.add((can_id, data, sent_us, sender), self.passes(can_id))
@@ -1103,7 +1094,7 @@ class SocketCan(Bus):
         except BlockingIOError:
             pass                # the kernel has no more
         except OSError as error:
-            self.on_away(error.errno or errno.EIO)
+            self.on_away(error.errno)
         return frames
 
     # --- errors on the bus ---
@@ -1656,13 +1647,13 @@ class Daemon:
         name = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
         try:
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A peer that vanished without a word is noticed, its slot comes back.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PEER_GONE_S // 2)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PEER_GONE_S // 8)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_GONE_S * 1000)
+            for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPCNT, 4),
+                                  (socket.TCP_KEEPIDLE, PEER_GONE_S // 2),
+                                  (socket.TCP_KEEPINTVL, PEER_GONE_S // 8),
+                                  (socket.TCP_USER_TIMEOUT, PEER_GONE_S * 1000)):
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
             session = Session(self, name, self.next_channel_id(), int(time.time() * 1000000))
             client = Client(self, sock, session)
         except OSError as error:
@@ -2031,6 +2022,11 @@ def ready(child_end: int) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Listen, detach unless told to stay, serve; returns the exit status."""
+    # Nothing of ours may get the number of a standard file that was closed before we began.
+    null = os.open(os.devnull, os.O_RDWR)
+    while null <= 2:
+        null = os.open(os.devnull, os.O_RDWR)
+    os.close(null)
     try:
         listener = listen(options.ip, options.port)
     except OSError as error:
