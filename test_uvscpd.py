@@ -1114,6 +1114,17 @@ class AccessTest(OwnDaemonTestCase):
 # =============================================================================
 # Who sent the frames that the kernel gives back.
 
+class VirtualBusTest(unittest.TestCase):
+    def test_it_is_bounded(self) -> None:
+        bus = uvscpd.Bus(":virtual:")
+        for number in range(uvscpd.FRAMES_IN_KERNEL):
+            bus.send(number, b"", None)
+        with self.assertRaises(uvscpd.BusFull):
+            bus.send(1, b"", None)
+        self.assertEqual([frame[0] for frame in bus.receive(3)], [0, 1, 2])
+        bus.send(1, b"", None)
+
+
 class OwnFramesTest(unittest.TestCase):
     HISTORIES = (       # A1: A sends frame 1; A1-: one that the filter stops; 1=A: it is A's
         "1=None",
@@ -1455,7 +1466,8 @@ class DiscoveryTest(OwnDaemonTestCase):
 class ServiceTest(OwnDaemonTestCase):
     def test_what_systemd_is_told(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            for address in (os.path.join(directory, "notify"), ""):     # "": an abstract one
+            # The last one is an abstract address.
+            for address in (os.path.join(directory, "not"), os.path.join(directory, "@n"), ""):
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                     sock.bind(address)
                     sock.settimeout(TIMEOUT)
@@ -1467,6 +1479,21 @@ class ServiceTest(OwnDaemonTestCase):
                     self.await_texts(sock, f"STATUS={BUS}: OK, 1 clients")
                     daemon.stop()
                     self.await_texts(sock, "STOPPING=1")
+
+    def test_what_systemd_does_not_ask_for(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(os.path.join(directory, "notify"))
+            sock.settimeout(TIMEOUT)
+            for asked in ({"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "x"},
+                          {"WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}):
+                daemon = self.start(NOTIFY_SOCKET=sock.getsockname(), **asked)
+                self.connect(daemon)
+                daemon.stop()
+                texts = [""]
+                while texts[-1] != "STOPPING=1":
+                    texts.append(sock.recv(1000).decode())
+                self.assertNotIn("WATCHDOG=1", texts)
 
     @staticmethod
     def await_texts(sock: socket.socket, *texts: str) -> None:
@@ -1597,6 +1624,18 @@ class ArgumentTest(unittest.TestCase):
                 self.assertRegex(result.stdout, rf"(?s)\A{stdout}\Z")
                 self.assertRegex(result.stderr, rf"\A{stderr}\Z")
 
+    def test_bad_file_of_arguments(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            name = os.path.join(directory, "arguments")
+            for content in (None, b"-p\n\xFF\n", b"@" + name.encode(), b"--port x", b"--nonsense"):
+                if content is not None:
+                    with open(name, "wb") as file:
+                        file.write(content)
+                with self.subTest(content):
+                    result = run(PROGRAM, "@" + name)
+                    self.assertEqual((result.returncode, result.stdout), (2, ""))
+                    self.assertRegex(result.stderr, r"\Auvscpd\.py: .*\n\Z")
+
     def test_file_of_arguments(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             name = os.path.join(directory, "arguments")
@@ -1707,7 +1746,7 @@ class ProcessTest(unittest.TestCase):
         daemon = self.start("-d", "-U", "Admin", "-P", "secRet")
         with daemon.connect() as peer:
             for command in ("user Admin", "pass secRet", "+", "  PASS  secRet", "pass 1 secRet",
-                            "\0pa\rss\x7f secRet", "pass secRetwrong", "chid"):
+                            "\0pa\rss\x7f secRet", "pass secRetwrong", "passsecRet", "chid"):
                 peer.ask(command)
         log = daemon.stop()
         self.assertIn("chid", log)
@@ -2453,6 +2492,39 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertIn(tries, range(1, int(time.monotonic() - waiting.since) + 3))
         peers[1].__exit__()
         waiting.expect("uvscpd.py ...", "...", "+OK - ...")
+
+    def test_senders_share_a_bus_that_is_full_now_and_then(self) -> None:
+        daemon = DaemonProcess(program=("-c", f"""if True:
+            import random, sys
+            sys.path.insert(0, {HERE!r})
+            import uvscpd
+            chance = random.Random(1)
+            def now_and_then(send):
+                def send_or_not(*arguments):
+                    if chance.random() < 0.3:
+                        raise uvscpd.BusFull("a full bus for the test")
+                    send(*arguments)
+                return send_or_not
+            for bus in uvscpd.Bus, uvscpd.SocketCan:
+                bus.send = now_and_then(bus.send)
+            sys.exit(uvscpd.main())
+        """))
+        self.addCleanup(daemon.stop)
+        senders = [self.connect(daemon) for _ in range(5)]
+        observer = self.connect(daemon)
+        observer.ask("rcvloop")
+        for number, peer in enumerate(senders):
+            peer.send(*(f"send 96,20,{number},0,,0,-,{count}" for count in range(60)), "chid")
+        for peer in senders:
+            peer.expect(*["+OK"] * 60, "0", "+OK")
+        events = [observer.read_line().split(",") for _ in range(300)]
+        for number in range(5):         # of each sender all, in its order
+            self.assertEqual([fields[7] for fields in events if fields[2] == str(number)],
+                             [str(count) for count in range(60)])
+        # None had to wait until another one was through.
+        order = [fields[2] for fields in events]
+        self.assertLess(max(order.index(str(number)) for number in range(5)),
+                        min(len(order) - order[::-1].index(str(number)) for number in range(5)))
 
     def test_bug_in_a_command(self) -> None:
         daemon = DaemonProcess(program=("-c", f"""if True:
