@@ -1073,13 +1073,14 @@ class AccessTest(OwnDaemonTestCase):
         ("::1", "::1", "::2 127.0.0.1 0.0.0.1"),
         ("::/64", "::1 ::ffff:0:0:1", "0:0:0:1::1 127.0.0.1"),
         ("FD00:*", "fd00::1 fd00:1::2", "fd01::1 127.0.0.1"),
+        ("2001:0db8:* 010.1.*", "2001:db8::1 10.1.2.3", "2001:d::1 10.2.0.1"),
         ("fd00:0:0:*", "fd00::1 fd00:0:0:1::", "fd00:0:1::"),
         ("::ffff:127.0.0.0/104", "127.255.255.255", "128.0.0.0 ::1"),
         ("10.0.0.1 ::1 127.*", "10.0.0.1 ::1 127.0.0.1", "10.0.0.2 ::2"),
     )
     BAD_PATTERNS = ("", "localhost", "127.0.0", "127.0.0.256", "127.0.0.0/33", "127.0.0.0/x",
                     "127..0.1", "127.0.0.1-5", "127.0.0.1 ", "127.0.0.x*", "::1/129", "::g",
-                    "fd00:*g", "127.0.0.0.*", "256.0.0.*", "127.0:0.*")
+                    "fe80::1%lo", "fd00:*g", "127.0.0.0.*", "256.0.0.*", "127.0:0.*")
 
     def test_ALLOW_patterns(self) -> None:
         daemon = self.inside()
@@ -1485,9 +1486,9 @@ class ServiceTest(OwnDaemonTestCase):
                 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.bind(os.path.join(directory, "notify"))
             sock.settimeout(TIMEOUT)
-            for asked in ({"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "x"},
-                          {"WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}):
-                daemon = self.start(NOTIFY_SOCKET=sock.getsockname(), **asked)
+            for period_us, pid in (("0", ""), ("x", ""), ("9" * 400, ""), ("1", "1")):
+                daemon = self.start(NOTIFY_SOCKET=sock.getsockname(), WATCHDOG_USEC=period_us,
+                                    **({"WATCHDOG_PID": pid} if pid else {}))
                 self.connect(daemon)
                 daemon.stop()
                 texts = [""]
@@ -1600,6 +1601,7 @@ class ArgumentTest(unittest.TestCase):
         "--port=x", "--port=-1", "--port=65536", "--port=0x50", "--port=",
         "--canbus=", "--canbus=sixteen.letters.", "--canbus=a/b", "--canbus=a b", "--canbus=.",
         "--ip=localhost", "--ip=1.2.3", "--ip=1.2.3.4.5", "--ip=::g", "--ip=",
+        "--ip=fe80::1%\udcff", "--ip=127.0.0.1%lo",
         "--guid=1:2", "--guid=", "--guid=-", "--guid=1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:100",
         "--user=", "--user=two words", "--password=", "--password=two words", "--password=\xe9",
         "--buffer=0", "--buffer=x", "--buffer=-1", "--max-clients=0", "--max-clients=x")
@@ -1627,7 +1629,8 @@ class ArgumentTest(unittest.TestCase):
     def test_bad_file_of_arguments(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             name = os.path.join(directory, "arguments")
-            for content in (None, b"-p\n\xFF\n", b"@" + name.encode(), b"--port x", b"--nonsense"):
+            for content in (None, b"-p\n\xFF\n", b"@" + name.encode(), b"--port x", b"--nonsense",
+                            b"@a\0b", b"--pidfile=a\0b"):
                 if content is not None:
                     with open(name, "wb") as file:
                         file.write(content)
@@ -2525,6 +2528,108 @@ class TroubleTest(OwnDaemonTestCase):
         order = [fields[2] for fields in events]
         self.assertLess(max(order.index(str(number)) for number in range(5)),
                         min(len(order) - order[::-1].index(str(number)) for number in range(5)))
+
+    def connected(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
+        """A client inside a daemon where nothing runs, and its other end."""
+        with contextlib.redirect_stderr(io.StringIO()):
+            other_end = socket.create_connection(daemon.listener.getsockname())
+            daemon.on_connection(0)
+        self.addCleanup(other_end.close)
+        (client,) = (client for client in daemon.clients
+                     if client.sock.getpeername() == other_end.getsockname())
+        return client, other_end
+
+    def test_client_lost_while_its_command_takes_events_in(self) -> None:
+        daemon = self.inside()
+        client, other_end = self.connected(daemon)
+        client.streaming = True
+        other_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        other_end.close()
+        client.lines.extend(["noop", "cdta", "send 96,20,3,0,,0,-", "quit"])
+        daemon.bus.send(1, b"", None)
+        with contextlib.redirect_stderr(io.StringIO()):
+            client.guarded(client.turn)
+        self.assertTrue(client.closed)
+        self.assertEqual((daemon.clients, daemon.leaving), (set(), set()))
+        self.assertEqual(daemon.bus.receive(9), [])         # and the SEND did not run
+
+    def test_no_events_after_QUIT(self) -> None:
+        daemon = self.inside("--buffer", "9")
+        client, other_end = self.connected(daemon)
+        with other_end:
+            client.session.fifo.extend(["an event\r\n"] * 9)
+            client.lines.extend(["retr 2", "rcvloop", "quit"])
+            client.turn()
+            daemon.now += 3
+            for _, _, action, arguments in list(daemon.timers):
+                action(*arguments)
+            self.assertFalse(client.streaming or client.closed)
+            other_end.settimeout(TIMEOUT)
+            heard = b""
+            while not heard.endswith(b"+OK - bye\r\n"):
+                heard += other_end.recv(4096)
+            self.assertEqual(heard.count(b"an event"), 2)
+            self.assertEqual(other_end.recv(4096), b"")
+
+    def test_slow_reader_that_leaves_has_time_while_it_reads(self) -> None:
+        daemon = self.inside()
+        client, _ = self.connected(daemon)
+        while not client.output:                # until the connection takes no more
+            client.write("x" * 60000 + "\n")
+            client.flush()
+        client.lines.append("quit")
+        client.leave()
+        for _ in range(3):
+            daemon.now += 4
+            client.turn()
+            self.assertGreater(client.leave_by, daemon.now + 4)
+
+    def test_many_connections_that_linger_cost_no_reply(self) -> None:
+        daemon = self.start("--max-clients", "1")
+        peer = self.connect(daemon)
+        for _ in range(uvscpd.MOST_LEAVING + 1):
+            refused = Peer(daemon.port)
+            self.addCleanup(refused.__exit__)
+            refused.expect("-OK - Max number of clients connected.")
+        peer.send("vers", "quit")
+        peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
+
+    def test_nobody_waits_longer_for_the_bus_as_others_wait_too(self) -> None:
+        daemon = self.inside()
+        clients = [self.connected(daemon)[0] for _ in range(9)]
+        with mock.patch.object(daemon.bus, "send", side_effect=uvscpd.BusFull("full")):
+            for client in clients:
+                client.lines.extend(["send 96,20,3,0,,0,-"])
+                client.turn()
+            self.assertEqual(len(daemon.senders), 9)
+            daemon.now += uvscpd.SEND_WAIT_S
+            clients[0].send_by += 0.1           # it stands first, and finds no room
+            daemon.retry_senders()
+        self.assertEqual([len(client.lines) for client in clients], [1] + [0] * 8)
+        self.assertEqual(list(daemon.senders), [clients[0]])
+
+    def test_too_few_descriptors_to_start(self) -> None:
+        for most in range(4, 10):
+            result = run("-c", f"""if True:
+                import resource, sys
+                sys.path.insert(0, {HERE!r})
+                import uvscpd
+                resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}))
+                sys.exit(uvscpd.main(["-s", "-p", "0", "-c", ":virtual:", "--pidfile", "/no/pid"]))
+            """)
+            with self.subTest(most=most):
+                self.assertEqual(result.returncode, 1)
+                self.assertRegex(result.stderr, r"\Auvscpd\.py: [^\n]+\n\Z")
+
+    def test_pidfile_of_another_one_stays(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            name = os.path.join(directory, "pid")
+            daemon = self.start("--pidfile", name)
+            with open(name, "w", encoding="ascii") as file:
+                file.write("1\n")
+            daemon.stop()
+            with open(name, encoding="ascii") as file:
+                self.assertEqual(file.read(), "1\n")
 
     def test_bug_in_a_command(self) -> None:
         daemon = DaemonProcess(program=("-c", f"""if True:

@@ -183,6 +183,7 @@ GATHER_S = 0.005                # under load, how long frames gather ...
 BUSY_S = 0.004                  # ... which is when two wake-ups are closer than this
 SEND_WAIT_S = 1.0               # a SEND waits this long for room in the transmit queue
 SEND_RETRY_S = 0.002
+NEVER = float("inf")
 BUS_CHECK_S = 0.5               # how often to look for an interface that is away
 LOGGED_IN = 15                  # the privilege of a client that has logged in
 WRONG_LOGIN_S = 0.5             # how long a wrong user or password waits for its answer
@@ -1021,10 +1022,8 @@ class SocketCan(Bus):
             # The interface's flag IFF_RUNNING says the same, but up to a second later.
             with open(f"/sys/class/net/{self.name}/carrier", encoding="ascii") as file:
                 return file.read() != "0\n"
-        except FileNotFoundError:
-            return True         # send will tell what is wrong
-        except OSError:
-            return False        # it is down
+        except OSError as error:
+            return error.errno != errno.EINVAL      # it is down; else send tells what is wrong
 
     # --- frames ---
 
@@ -1177,8 +1176,9 @@ class Client:
         self.streaming = False              # events are sent as they come
         self.loops = 0                      # how often the receive loop was entered or left
         self.paused = False                 # a reply is held back, no further line runs
-        self.send_by: float | None = None   # until when the first line waits for room
-        self.leave_by: float | None = None  # only a last reply is still to arrive, until then
+        self.send_by = NEVER                # until when the first line waits for room
+        self.leaving = False                # only a last reply is still to arrive ...
+        self.leave_by = 0.0                 # ... until then
         self.ended = False                  # the peer sends no more
         self.closed = False
 
@@ -1211,7 +1211,9 @@ class Client:
         if not self.output:                 # else the peer shall read its replies first
             self.work()
             self.flush()
-        if self.leave_by is not None and not self.output:
+        if self.leaving and self.output:
+            self.leave_by = self.daemon.now + LINGER_S      # it has taken some, or is new here
+        elif self.leaving:
             self.shut_down()
         if not self.closed:
             self.watch()
@@ -1224,14 +1226,14 @@ class Client:
         except BlockingIOError:
             return
         self.ended = not data
-        if self.leave_by is None:
+        if not self.leaving:
             self.lines.extend(self.splitter.feed(data) if data else [self.END])
 
     def work(self) -> None:
         """Run some of the lines that have come; the other clients have their turn, too."""
         replies: list[str] = []
         for _ in range(LINES_A_TURN):
-            if not self.lines or self.paused or self.session.closing:
+            if not self.lines or self.paused or self.session.closing or self.closed:
                 break
             looping = self.session.rcvloop
             reply = self.run_line(self.lines[0])
@@ -1250,7 +1252,7 @@ class Client:
             else:
                 replies.append(reply)
         self.write("".join(replies))
-        if self.session.closing and not self.paused:
+        if self.session.closing and not self.paused and not self.closed:
             self.leave()
 
     def run_line(self, line: str) -> str | None:
@@ -1260,19 +1262,19 @@ class Client:
             return ""
         if line is LineSplitter.TOO_LONG:
             return refusal("line length exceeded")
-        if log.debugging and self.send_by is None:
+        if log.debugging and self.send_by == NEVER:
             log.debug(f"{self.session.name} > {hide_password(line)}")
         try:
             reply = run_command(self.session, line)
         except BusFull as full:
-            if self.send_by is None:
+            if self.send_by == NEVER:
                 self.send_by = self.daemon.now + SEND_WAIT_S
             if self.daemon.now < self.send_by:
                 self.paused = True
                 self.daemon.wait_for_room(self)
                 return None
             reply = refusal(full)
-        self.send_by = None
+        self.send_by = NEVER
         return reply
 
     def resume(self, reply: str = "") -> None:
@@ -1284,7 +1286,11 @@ class Client:
     # --- events and writing ---
 
     def put(self, lines: list[str], block: bytes) -> None:
-        """Take event lines, also given as one block, to be sent now or buffered."""
+        """Send event lines, also given as one block, or buffer them.
+
+        A command that takes events in may come here, too; then this client may be
+        closed before the command ends.
+        """
         session = self.session
         session.rx_frames += len(lines)
         session.rx_commas += block.count(b",")
@@ -1358,16 +1364,19 @@ class Client:
         elif self.lines and not self.paused:
             self.daemon.due.add(self)       # the next lines run in the next turn
         if interest != self.interest:
-            self.daemon.watch(self.sock, self.interest, interest, self.on_ready)
+            before, self.interest = self.interest, 0    # as it is if the selector refuses
+            self.daemon.watch(self.sock, before, interest, self.on_ready)
             self.interest = interest
 
     # --- the end ---
 
     def leave(self) -> None:
         """Close once the last reply has arrived: closing at once could reset it away."""
-        if self.leave_by is None:
+        if not self.leaving:
+            self.leaving = True
             self.leave_by = self.daemon.now + LINGER_S
-            self.streaming = False
+            self.session.rcvloop = False
+            self.on_rcvloop()
             self.lines.clear()
             self.daemon.on_leaving(self)
 
@@ -1397,8 +1406,8 @@ def hide_password(line: str) -> str:
 # =============================================================================
 # 12. Daemon
 # =============================================================================
-# The loop: waits for sockets and timers, hands frames to the clients, and once
-# a turn has every client that has something to say write it.
+# The loop: waits for sockets and timers, hands frames to the clients, and lets
+# those that have more to do have a turn.
 
 class Daemon:
     """Everything that runs: the bus, the listening socket, the clients."""
@@ -1439,9 +1448,9 @@ class Daemon:
         """Serve until stop is called."""
         signal.set_wakeup_fd(self.wake_up_end.fileno())
         notify("READY=1")
-        watchdog_us = os.environ.get("WATCHDOG_USEC", "")
+        watchdog_us = os.environ.get("WATCHDOG_USEC", "")       # 64 bits
         ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
-        if ours and watchdog_us.isdecimal() and int(watchdog_us) > 0:
+        if ours and re.fullmatch("[1-9][0-9]{0,19}", watchdog_us):
             self.feed_watchdog(int(watchdog_us) / 2000000)
         self.check_bus()
         while not self.stopping:
@@ -1500,7 +1509,7 @@ class Daemon:
         self.bus.check()
         self.watch_bus()
         for client in list(self.leaving):
-            if client.leave_by is not None and client.leave_by < self.now:
+            if client.leave_by < self.now:
                 self.drop(client, "")
         status = f"STATUS={self.bus.name}: {self.bus.state.text}, {len(self.clients)} clients"
         if status != self.status:
@@ -1626,12 +1635,14 @@ class Daemon:
 
     def retry_senders(self) -> None:
         """Let those that wait try again, in turn, until one finds no room."""
-        senders, self.senders = self.senders, deque()
-        while senders and not self.senders:
-            client = senders.popleft()
-            client.guarded(client.resume)
-        senders.extend(self.senders)        # that one is the last now
-        self.senders = senders
+        waiting, self.senders = self.senders, deque()
+        rest: deque[Client] = deque()
+        for client in waiting:
+            if not self.senders or client.send_by <= self.now:      # or it shall be answered now
+                client.guarded(client.resume)
+            else:
+                rest.append(client)
+        self.senders = rest + self.senders
 
     # --- clients ---
 
@@ -1716,7 +1727,7 @@ class Daemon:
         """The client's slot is free, though its connection is not closed yet."""
         self.leaving.add(client)
         if len(self.leaving) > MOST_LEAVING:
-            self.drop(client, "too many are leaving")
+            self.drop(min(self.leaving, key=lambda each: each.leave_by), "too many are leaving")
         if client in self.clients:
             self.clients.remove(client)
             self.views_changed()
@@ -1770,6 +1781,8 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """An argument a line; `--port 8598` may stand in one line, too."""
+        if "\0" in arg_line:
+            self.error("a zero byte in an argument file")
         line = arg_line.strip()
         if not line or line.startswith("#"):
             return []
@@ -1801,7 +1814,7 @@ def guid_argument(text: str) -> bytes:
     except VscpError:
         raise argparse.ArgumentTypeError(
             f"'{text}' is not 16 or 12 hexadecimal bytes between colons, mac or ip") from None
-    except LookupError:
+    except (LookupError, OSError):
         raise argparse.ArgumentTypeError(f"no interface with an address for '{text}'") from None
 
 
@@ -1838,7 +1851,7 @@ def address_argument(text: str) -> str:
             socket.inet_pton(family, address)
         except OSError:
             continue
-        if family == socket.AF_INET6 or not zone:
+        if text.isascii() and (family == socket.AF_INET6 or not zone):
             return text
     raise argparse.ArgumentTypeError(f"'{text}' is not an IPv4 or IPv6 address")
 
@@ -1863,7 +1876,7 @@ def pattern_argument(text: str) -> Callable[[str], bool]:
     import fnmatch
     import ipaddress
     byte, word = r"(\*|25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})", r"(\*|[0-9a-f]{0,4})"
-    pattern = text.lower()
+    pattern = re.sub(r"\b0+(?=[0-9a-f])", "", text.lower())      # as addresses are written
 
     def is_like(host: str) -> bool:
         address = ipaddress.ip_address(host)
@@ -1875,6 +1888,8 @@ def pattern_argument(text: str) -> Callable[[str], bool]:
     if "*" in text and re.fullmatch(rf"{byte}(\.{byte}){{0,3}}|{word}(:{word}){{0,7}}", pattern):
         return is_like
     try:
+        if "%" in text:
+            raise ValueError        # Python before 3.9 does not know zones
         network = ipaddress.ip_network(text, strict=False)
     except ValueError:
         raise argparse.ArgumentTypeError(
@@ -1938,7 +1953,7 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
         help="show the version and exit")
     try:
         options = parser.parse_args(arguments)
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         parser.error(f"bad argument file: {error}")
     logins = {"user": options.user, "password": options.password}
     options.logins = {what: value for what, value in logins.items() if value}
@@ -2020,6 +2035,17 @@ def ready(child_end: int) -> None:
     os.close(child_end)
 
 
+def remove_pidfile(name: str) -> None:
+    """Remove the file, unless it is another daemon's by now."""
+    try:
+        with open(name, encoding="ascii", errors="replace") as file:
+            ours = file.read() == f"{os.getpid()}\n"
+        if ours:
+            os.unlink(name)
+    except OSError as error:
+        log.warning(f"cannot remove {name}: {error.strerror}")
+
+
 def serve(options: argparse.Namespace) -> int:
     """Listen, detach unless told to stay, serve; returns the exit status."""
     # Nothing of ours may get the number of a standard file that was closed before we began.
@@ -2039,13 +2065,13 @@ def serve(options: argparse.Namespace) -> int:
     daemon = Daemon(options, listener, bus)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda _number, _frame: daemon.stop())
-    pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
     try:
+        pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
         if pidfile:
             with open(pidfile, "w", encoding="ascii") as file:
                 file.write(f"{os.getpid()}\n")
     except OSError as error:
-        log.error(f"uvscpd.py: cannot write {pidfile}: {error.strerror}")
+        log.error(f"uvscpd.py: cannot write {options.pidfile}: {error.strerror}")
         return 1
     try:
         if child_end is not None:
@@ -2056,8 +2082,8 @@ def serve(options: argparse.Namespace) -> int:
         log.info("stopped")
     finally:
         daemon.close()
-        if pidfile and os.path.exists(pidfile):
-            os.unlink(pidfile)
+        if pidfile:
+            remove_pidfile(pidfile)
     return 0
 
 
@@ -2068,6 +2094,9 @@ def main(arguments: list[str] | None = None) -> int:
     log.debugging = options.debug
     try:
         return serve(options)
+    except OSError as error:
+        log.error(f"uvscpd.py: {error}")
+        return 1
     except Exception as error:
         log.error("a bug in uvscpd.py, it ends:\n" + traceback_text(error))
         return 1
