@@ -2573,16 +2573,40 @@ class TroubleTest(OwnDaemonTestCase):
 
     def test_slow_reader_that_leaves_has_time_while_it_reads(self) -> None:
         daemon = self.inside()
-        client, _ = self.connected(daemon)
+        client, other_end = self.connected(daemon)
         while not client.output:                # until the connection takes no more
             client.write("x" * 60000 + "\n")
             client.flush()
         client.lines.append("quit")
         client.leave()
+        leave_by = client.leave_by
         for _ in range(3):
             daemon.now += 4
+            client.turn()                       # nothing was read meanwhile
+            self.assertEqual(client.leave_by, leave_by)
+        while client.leave_by == leave_by:
+            other_end.recv(1 << 16)
             client.turn()
-            self.assertGreater(client.leave_by, daemon.now + 4)
+        self.assertGreater(client.leave_by, daemon.now + 4)
+
+    def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
+        daemon = self.inside()
+        client, other_end = self.connected(daemon)
+        client.session.rcvloop = client.streaming = True
+        other_end.sendall(b"quitloop\n")
+        turns = 0
+        while client.streaming:
+            lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
+            client.put(lines, "".join(lines).encode())
+            turns += 1
+            if turns == 100:
+                client.watch()
+                self.assertEqual(len(client.session.fifo), 1000)
+            if turns > 100:
+                other_end.recv(1 << 16)
+                for key, mask in daemon.selector.select(0):
+                    key.data(mask)
+            self.assertLess(turns, 1000)
 
     def test_many_connections_that_linger_cost_no_reply(self) -> None:
         daemon = self.start("--max-clients", "1")

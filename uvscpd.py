@@ -1146,7 +1146,7 @@ class SocketCan(Bus):
 # =============================================================================
 # Moves bytes between a TCP connection and its session. Never blocks: what the
 # connection does not take now waits in `output`, and as long as something waits
-# there, no more is read.
+# there, no line is run and no more than one block of lines is read.
 
 def split_lines(block: bytes, limit: int) -> list[bytes]:
     """The block cut behind line ends into pieces of at most `limit` bytes, if lines allow."""
@@ -1211,9 +1211,11 @@ class Client:
         if not self.output:                 # else the peer shall read its replies first
             self.work()
             self.flush()
-        if self.leaving and self.output:
-            self.leave_by = self.daemon.now + LINGER_S      # it has taken some, or is new here
-        elif self.leaving:
+        # Last, or a bus that is faster than the peer would keep its commands from running.
+        while self.streaming and self.session.fifo and not self.output:
+            self.output.append(self.next_block())
+            self.flush()
+        if self.leaving and not self.output:
             self.shut_down()
         if not self.closed:
             self.watch()
@@ -1330,15 +1332,15 @@ class Client:
         self.output.extend(split_lines(text.encode("ascii"), self.segment))
 
     def flush(self) -> None:
-        """Send what the connection takes of the output and then of the FIFO."""
-        while self.output or self.streaming and self.session.fifo:
-            if not self.output:
-                self.output.append(self.next_block())
+        """Send what the connection takes of the output."""
+        while self.output:
             block = self.output[0]
             try:
                 sent = self.sock.send(block)
             except BlockingIOError:
                 break
+            if self.leaving:
+                self.leave_by = self.daemon.now + LINGER_S      # as long as it reads
             if sent < len(block):
                 self.output[0] = block[sent:]
                 break
@@ -1359,10 +1361,10 @@ class Client:
         interest = 0
         if self.output:
             interest = selectors.EVENT_WRITE
-        elif not self.lines and not self.ended:
-            interest = selectors.EVENT_READ
         elif self.lines and not self.paused:
             self.daemon.due.add(self)       # the next lines run in the next turn
+        if not self.lines and not self.ended:
+            interest |= selectors.EVENT_READ
         if interest != self.interest:
             before, self.interest = self.interest, 0    # as it is if the selector refuses
             self.daemon.watch(self.sock, before, interest, self.on_ready)
