@@ -2590,23 +2590,21 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertGreater(client.leave_by, daemon.now + 4)
 
     def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
-        daemon = self.inside()
+        daemon = self.inside("--buffer", "100000")
         client, other_end = self.connected(daemon)
         client.session.rcvloop = client.streaming = True
-        other_end.sendall(b"quitloop\n")
-        turns = 0
-        while client.streaming:
-            lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
+        lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
+        while len(client.session.fifo) < 50000:
             client.put(lines, "".join(lines).encode())
-            turns += 1
-            if turns == 100:
-                client.watch()
-                self.assertEqual(len(client.session.fifo), 1000)
-            if turns > 100:
+        client.turn()
+        other_end.sendall(b"quitloop\n")
+        for _ in range(500):
+            if client.session.rcvloop:
+                client.put(lines, "".join(lines).encode())
                 other_end.recv(1 << 16)
                 for key, mask in daemon.selector.select(0):
                     key.data(mask)
-            self.assertLess(turns, 1000)
+        self.assertFalse(client.session.rcvloop)
 
     def test_many_connections_that_linger_cost_no_reply(self) -> None:
         daemon = self.start("--max-clients", "1")
@@ -2617,6 +2615,15 @@ class TroubleTest(OwnDaemonTestCase):
             refused.expect("-OK - Max number of clients connected.")
         peer.send("vers", "quit")
         peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
+
+    def test_many_QUIT_in_one_turn(self) -> None:
+        daemon = self.start("--max-clients", "150")
+        peers = [self.connect(daemon) for _ in range(150)]
+        with daemon.paused():
+            for peer in peers:
+                peer.send("vers", "quit")
+        for peer in peers:
+            peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
 
     def test_nobody_waits_longer_for_the_bus_as_others_wait_too(self) -> None:
         daemon = self.inside()

@@ -1511,6 +1511,7 @@ class Daemon:
         self.bus.check()
         self.watch_bus()
         for client in list(self.leaving):
+            client.guarded(client.turn)     # the selector waits for a third of the buffer
             if client.leave_by < self.now:
                 self.drop(client, "")
         status = f"STATUS={self.bus.name}: {self.bus.state.text}, {len(self.clients)} clients"
@@ -1729,7 +1730,9 @@ class Daemon:
         """The client's slot is free, though its connection is not closed yet."""
         self.leaving.add(client)
         if len(self.leaving) > MOST_LEAVING:
-            self.drop(min(self.leaving, key=lambda each: each.leave_by), "too many are leaving")
+            # Who has had all goes first.
+            self.drop(min(self.leaving, key=lambda each: (len(each.output), each.leave_by)),
+                      "too many are leaving")
         if client in self.clients:
             self.clients.remove(client)
             self.views_changed()
@@ -2044,6 +2047,8 @@ def remove_pidfile(name: str) -> None:
             ours = file.read() == f"{os.getpid()}\n"
         if ours:
             os.unlink(name)
+    except FileNotFoundError:
+        log.debug(f"{name} has been removed")
     except OSError as error:
         log.warning(f"cannot remove {name}: {error.strerror}")
 
@@ -2098,6 +2103,7 @@ def main(arguments: list[str] | None = None) -> int:
         return serve(options)
     except OSError as error:
         log.error(f"uvscpd.py: {error}")
+        log.debug(traceback_text(error))
         return 1
     except Exception as error:
         log.error("a bug in uvscpd.py, it ends:\n" + traceback_text(error))
