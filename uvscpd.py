@@ -298,6 +298,11 @@ if TYPE_CHECKING:
     Frame = tuple[int, bytes, int, "Session | None"]
 
 
+def pack_id(head: int, vscp_class: int, vscp_type: int, nickname: int) -> int:
+    """The bits of a CAN id, as far as it has room for the fields."""
+    return (head & 0xF0) << 21 | (vscp_class & 0x1FF) << 16 | (vscp_type & 0xFF) << 8 | nickname
+
+
 def pack_frame(can_id: int, data: bytes) -> bytes:
     """The 16 bytes of struct can_frame (linux/can.h) of an extended data frame."""
     return FRAME.pack(can_id | EFF_FLAG, len(data), data)
@@ -319,8 +324,8 @@ def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> tuple[int
     True
     """
     number = parse_number(vscp_class, 1023, "class")
-    can_id = (parse_number(head, 0xFFFF, "head") & 0xF0) << 21 | (number & 0x1FF) << 16
-    can_id |= parse_number(vscp_type, 255, "type") << 8 | parse_event_guid(guid)[15]
+    can_id = pack_id(parse_number(head, 0xFFFF, "head"), number,
+                     parse_number(vscp_type, 255, "type"), parse_event_guid(guid)[15])
     return can_id, number > 511
 
 
@@ -418,11 +423,6 @@ def parse_filter(text: str) -> Filter:
             parse_number(fields[2], 0xFFFF, "type"), parse_event_guid(fields[3]))
 
 
-def pack_id(priority: int, vscp_class: int, vscp_type: int, nickname: int) -> int:
-    """The bits of a CAN id, as far as it has room for the fields."""
-    return (priority & 7) << 26 | (vscp_class & 0x1FF) << 16 | (vscp_type & 0xFF) << 8 | nickname
-
-
 def make_view(wanted: Filter, mask: Filter, guid: bytes) -> View:
     """The view of a client with this filter, mask and GUID.
 
@@ -445,8 +445,9 @@ def make_view(wanted: Filter, mask: Filter, guid: bytes) -> View:
     if (not same_guid or priority & priority_mask > 7
             or vscp_class & class_mask > 0x1FF or vscp_type & type_mask > 0xFF):
         return guid_text, 1, 0
-    bits = pack_id(priority_mask, class_mask, type_mask, guid_mask[15])
-    return guid_text, pack_id(priority, vscp_class, vscp_type, wanted_guid[15]) & bits, bits
+    bits = pack_id(priority_mask << 5, class_mask, type_mask, guid_mask[15])
+    value = pack_id(priority << 5, vscp_class, vscp_type, wanted_guid[15])
+    return guid_text, value & bits, bits
 
 
 def pack_filters(wanted: Iterable[tuple[int, int]]) -> bytes:
@@ -1318,7 +1319,7 @@ class Client:
             self.later(SIGN_OF_LIFE_S, self.sign_of_life, loop)
 
     def sign_of_life(self, loop: int) -> None:
-        if loop == self.loops and self.streaming:
+        if loop == self.loops:
             if not self.output:
                 self.write(ok())
                 self.turn()
@@ -1680,6 +1681,7 @@ class Daemon:
             self.refuse(client, "Max number of clients connected.")
         else:
             self.greet(client)
+        client.guarded(client.turn)
 
     def allowed(self, host: str) -> bool:
         """Whether an address may connect."""
@@ -1691,7 +1693,6 @@ class Daemon:
         log.warning(f"{client.session.name}: refused: {reason}")
         client.write(refusal(reason))
         client.leave()
-        client.guarded(client.turn)
 
     def on_accept_error(self, error: OSError) -> None:
         """Out of descriptors or memory: no more connections for a moment."""
@@ -1714,7 +1715,6 @@ class Daemon:
                      + (ok(text=f"waiting for {self.bus.name}: {os.strerror(state.code)}")
                         if state.status == AWAY
                         else ok(text=f"Success, connected to {self.bus.name}")))
-        client.guarded(client.turn)
 
     def views_changed(self) -> None:
         """Sort the clients by what they see, and have the kernel filter what nobody does."""
@@ -1746,7 +1746,6 @@ class Daemon:
             self.selector.unregister(client.sock)
         client.sock.close()
         self.leaving.discard(client)
-        self.due.discard(client)
         if client in self.clients:
             self.clients.remove(client)
             self.views_changed()
@@ -1797,8 +1796,7 @@ class Parser(argparse.ArgumentParser):
 def number_from(least: int, most: int) -> Callable[[str], int]:
     """An argparse type: a decimal number in this range."""
     def convert(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 10
-                and least <= int(text) <= most):
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} to {most}")
         return int(text)
     return convert
@@ -1863,8 +1861,7 @@ def address_argument(text: str) -> str:
 
 def interface_argument(text: str) -> str:
     # IFNAMSIZ is 16 with the final zero; the kernel's dev_valid_name has the rest.
-    if text != ":virtual:" and (not 0 < len(text) < 16 or text in (".", "..") or not all(
-            "!" <= character <= "~" and character not in "/:" for character in text)):
+    if text != ":virtual:" and not re.fullmatch(r"(?!\.\.?$)[!-.0-9;-~]{1,15}", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not the name of an interface")
     return text
 
@@ -2032,8 +2029,7 @@ def ready(child_end: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    if null > 2:
-        os.close(null)
+    os.close(null)
     syslog.openlog("uvscpd", syslog.LOG_PID, syslog.LOG_DAEMON)
     log.detached = True
     os.write(child_end, b"+")
