@@ -345,7 +345,7 @@ def load_tests(_loader: unittest.TestLoader, tests: unittest.TestSuite,
 MEGABYTE = 1 << 20
 
 
-def memory(daemon: DaemonProcess) -> int:
+def memory(daemon: DaemonProcess | Relay) -> int:
     """The most resident memory that it has had, in bytes."""
     with open(f"/proc/{daemon.process.pid}/status", encoding="ascii") as file:
         return int(re.findall(r"VmHWM:\s+(\d+) kB", file.read())[0]) * 1024
@@ -363,7 +363,7 @@ def await_descriptors(daemon: DaemonProcess, most: int, peer: Peer) -> None:
             raise AssertionError(f"{descriptors(daemon)} descriptors, not {most}")
 
 
-def cpu_time(daemon: DaemonProcess) -> float:
+def cpu_time(daemon: DaemonProcess | Relay) -> float:
     """Seconds of processor time used."""
     with open(f"/proc/{daemon.process.pid}/stat", encoding="ascii") as file:
         fields = file.read().rpartition(")")[2].split()
@@ -452,12 +452,12 @@ class OwnDaemonTestCase(unittest.TestCase):
             self.addCleanup(thing.close)
         return daemon
 
-    def assert_bad_argument(self, option: str, value: str) -> None:
-        """Refused with exit status 2 and one line."""
+    def assert_bad_argument(self, argument: str, option: str = "") -> None:
+        """Refused with exit status 2 and one line, which names the option."""
         stderr = io.StringIO()
-        with self.subTest(value), contextlib.redirect_stderr(stderr):
+        with self.subTest(argument), contextlib.redirect_stderr(stderr):
             with self.assertRaises(SystemExit) as ending:
-                uvscpd.parse_arguments([f"{option}={value}"])
+                uvscpd.parse_arguments([argument])
             self.assertEqual(ending.exception.code, 2)
             self.assertRegex(stderr.getvalue(), rf"\Auvscpd\.py: .*{option}.+\n\Z")
 
@@ -1093,7 +1093,7 @@ class AccessTest(OwnDaemonTestCase):
 
     def test_ALLOW_malformed_patterns(self) -> None:
         for text in self.BAD_PATTERNS:
-            self.assert_bad_argument("--allow", text)
+            self.assert_bad_argument(f"--allow={text}", "--allow")
 
     def test_ALLOW_on_the_network(self) -> None:
         # On the socket for both, an IPv4 client counts as IPv4.
@@ -1388,7 +1388,7 @@ class ClientIdTest(OwnDaemonTestCase):
         if addresses:
             self.assertIn(uvscpd.guid_argument(kind), {first + address for address in addresses})
         else:
-            self.assert_bad_argument("--guid", kind)
+            self.assert_bad_argument(f"--guid={kind}", "--guid")
 
     MAC, IP = b"\xFF" * 7 + b"\xFE", b"\xFF" * 7 + b"\xFD"
 
@@ -1595,7 +1595,7 @@ class NodeTest(OwnDaemonTestCase):
 # =============================================================================
 # Arguments, exit status, messages, signals, detaching.
 
-class ArgumentTest(unittest.TestCase):
+class ArgumentTest(OwnDaemonTestCase):
     BAD_ARGUMENTS = (
         "--nonsense", "extra", "@/nonexistent/file", "-c", "-p",
         "--port=x", "--port=-1", "--port=65536", "--port=0x50", "--port=",
@@ -1608,12 +1608,7 @@ class ArgumentTest(unittest.TestCase):
 
     def test_bad_arguments(self) -> None:
         for argument in self.BAD_ARGUMENTS:
-            stderr = io.StringIO()
-            with self.subTest(argument), contextlib.redirect_stderr(stderr):
-                with self.assertRaises(SystemExit) as ending:
-                    uvscpd.parse_arguments([argument])
-                self.assertEqual(ending.exception.code, 2)
-                self.assertRegex(stderr.getvalue(), r"\Auvscpd\.py: .+\n\Z")
+            self.assert_bad_argument(argument)
 
     def test_status_and_output_of_the_process(self) -> None:
         for option, status, stdout, stderr in (
@@ -1652,12 +1647,7 @@ class ArgumentTest(unittest.TestCase):
             self.assertEqual(peer.ask("ggid"), ["1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10", "+OK"])
 
 
-class ProcessTest(unittest.TestCase):
-    def start(self, *arguments: str, **options: Any) -> DaemonProcess:
-        daemon = DaemonProcess(*arguments, **options)
-        self.addCleanup(daemon.stop)
-        return daemon
-
+class ProcessTest(OwnDaemonTestCase):
     def test_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             daemon = DaemonProcess()
@@ -2000,13 +1990,9 @@ class KernelTestCase(DaemonTestCase):
 
     def assert_idle(self, peer: Peer) -> None:
         """The daemon has nothing to do while a client in the receive loop hears nothing."""
-        def cpu_s() -> float:
-            with open(f"/proc/{self.daemon.process.pid}/stat", encoding="ascii") as file:
-                fields = file.read().rpartition(")")[2].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        cpu_before, before = cpu_s(), time.monotonic()
+        cpu_before, before = cpu_time(self.daemon), time.monotonic()
         peer.expect("+OK", "+OK")
-        self.assertLess(cpu_s() - cpu_before, 0.3 * (time.monotonic() - before))
+        self.assertLess(cpu_time(self.daemon) - cpu_before, 0.3 * (time.monotonic() - before))
 
     def assert_senders_known(self, *peers: Peer) -> None:
         """Events of the same content from everybody: each client gets all but his own."""
@@ -2463,10 +2449,7 @@ class AbuseTest(DaemonTestCase):
 class TroubleTest(OwnDaemonTestCase):
     def test_client_that_vanished_is_noticed(self) -> None:
         daemon = self.inside()
-        with socket.create_connection(daemon.listener.getsockname()), \
-                contextlib.redirect_stderr(io.StringIO()):
-            daemon.on_connection(0)
-        (client,) = daemon.clients
+        client, _ = self.connected(daemon)
         get = client.sock.getsockopt
         self.assertTrue(get(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
         idle_s, interval_s, probes, unacknowledged_ms = (
@@ -3040,19 +3023,10 @@ class Relay:
             self.clients.append(sock)
         time.sleep(0.2)
 
-    def cpu_s(self) -> float:
-        with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def peak_mb(self) -> float:
-        with open(f"/proc/{self.process.pid}/status", encoding="ascii") as file:
-            return int(re.findall(r"VmHWM:\s+(\d+)", file.read())[0]) / 1024
-
     def load(self, rate: int, seconds: float) -> tuple[int, int, float, float]:
         """Frames sent, events received by all, seconds of CPU, seconds of receiving."""
         colons = 0
-        cpu = self.cpu_s()
+        cpu = cpu_time(self)
         with selectors.DefaultSelector() as selector:
             for sock in self.clients:
                 selector.register(sock, selectors.EVENT_READ)
@@ -3070,7 +3044,7 @@ class Relay:
                 elif now - last > 1.0 and sender.poll() is not None:
                     break
         assert sender.stdout is not None
-        return int(sender.stdout.read()), colons // COLONS, self.cpu_s() - cpu, last - first
+        return int(sender.stdout.read()), colons // COLONS, cpu_time(self) - cpu, last - first
 
     def latency(self, rounds: int) -> tuple[list[float], list[float]]:
         """Seconds from sending a lone frame to its arrival at the first and at the last client."""
@@ -3164,7 +3138,7 @@ def measure(kind: str, interface: str, count: int, seconds: float) -> dict[str, 
         figures[f"lone frame to the {where}: median|ms"] = times[50] * 1000
         figures[f"lone frame to the {where}: 99 %|ms"] = times[99] * 1000
     if kind == "daemon":
-        figures["peak memory|MB"] = relay.peak_mb()
+        figures["peak memory|MB"] = memory(relay) / MEGABYTE
     relay.close()
     return figures
 
