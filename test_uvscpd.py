@@ -29,7 +29,7 @@ The sections are those of uvscpd.py, in its order.
 """
 
 # =============================================================================
-# 2. Imports, tools
+# Imports, tools
 # =============================================================================
 # A daemon, its clients, transcripts. Nothing here waits by sleeping, and time
 # limits are only for what would otherwise never end.
@@ -95,11 +95,16 @@ class DaemonProcess:
     """uvscpd.py in the foreground, on a port that it chooses itself."""
 
     def __init__(self, *arguments: str, program: tuple[str, ...] = (PROGRAM,),
-                 ip: str = "127.0.0.1", **environment: str) -> None:
+                 ip: str = "127.0.0.1", journal: bool = False, **environment: str) -> None:
+        reading_end, stderr = os.pipe()
+        if journal:                     # stderr is, as it were, systemd's journal
+            environment["JOURNAL_STREAM"] = "{0.st_dev}:{0.st_ino}".format(os.fstat(stderr))
         self.process = subprocess.Popen(
             [sys.executable, *program, "-s", "-p", "0", "-c", BUS, *(["-i", ip] if ip else []),
-             *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+             *arguments], stdin=subprocess.DEVNULL, stderr=stderr,
             env={**ENVIRONMENT, **environment})
+        os.close(stderr)
+        self.stderr = open(reading_end, encoding="utf-8")       # noqa: SIM115  read_log closes it
         self.log = ""
         self.port = 0
         self.listening = threading.Event()
@@ -111,9 +116,8 @@ class DaemonProcess:
             raise AssertionError(f"the daemon does not listen:\n{self.log}")
 
     def read_log(self) -> None:
-        assert self.process.stderr
-        with self.process.stderr as stderr:
-            for line in stderr:
+        with self.stderr:
+            for line in self.stderr:
                 self.log += line
                 match = re.search(r"listening on \S+ port (\d+)", line)
                 if match:
@@ -274,6 +278,9 @@ def parse_transcript(text: str) -> list[list[Step]]:
         if Step(who, "<", "(closed)") not in steps:
             packets.append(parse_line(f"{who}> quit | +OK - bye | (closed)"))
     return [packet for packet in packets if packet]
+
+
+ROWS = list(dict.fromkeys(uvscpd.COMMANDS.values()))      # of the commands, as HELP lists them
 
 
 class DaemonTestCase(unittest.TestCase):
@@ -445,12 +452,23 @@ class OwnDaemonTestCase(unittest.TestCase):
 
     def inside(self, *arguments: str) -> uvscpd.Daemon:
         """A daemon in this process; nothing runs but what the test calls."""
-        options = uvscpd.parse_arguments(["-i", "127.0.0.1", *arguments])
+        options = uvscpd.parse_arguments(["-i", "127.0.0.1", "-c", ":virtual:", *arguments])
         listener = uvscpd.listen(options.ip, 0)
-        daemon = uvscpd.Daemon(options, listener, uvscpd.Bus(":virtual:"))
-        for thing in (daemon, daemon.selector, daemon.wake_up, daemon.wake_up_end):
-            self.addCleanup(thing.close)
+        quiet = mock.patch.object(uvscpd.log, "put", return_value=True)
+        quiet.start()
+        self.addCleanup(quiet.stop)
+        daemon = uvscpd.Daemon(options, listener)
+        self.addCleanup(daemon.close)
         return daemon
+
+    def connected(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
+        """A client inside a daemon where nothing runs, and its other end."""
+        other_end = socket.create_connection(daemon.listener.getsockname())
+        daemon.on_connection(0)
+        self.addCleanup(other_end.close)
+        (client,) = (client for client in daemon.clients
+                     if client.sock.getpeername() == other_end.getsockname())
+        return client, other_end
 
     def assert_bad_argument(self, argument: str, option: str = "") -> None:
         """Refused with exit status 2 and one line, which names the option."""
@@ -463,7 +481,7 @@ class OwnDaemonTestCase(unittest.TestCase):
 
 
 # =============================================================================
-# 5. Events and GUIDs
+# 2. Numbers and GUIDs, 3. Events
 # =============================================================================
 # EVENTS is driven from text to frame, from frame to text, and once more through
 # the daemon, all for a client whose GUID is zeros.
@@ -540,11 +558,10 @@ class EventTest(unittest.TestCase):
         for _, frame, seen in EVENTS:
             with self.subTest(frame):
                 can_id, _, data = frame.partition("#")
-                before, after = uvscpd.format_event((
-                    int(can_id, 16), bytes.fromhex(data), 1795390139_810025, None))
+                lines = uvscpd.format_events([(int(can_id, 16), bytes.fromhex(data), 1795390139,
+                                               810025999, None)], uvscpd.format_guid(bytes(15)))
                 line = seen.replace("*,#", "2026-11-22T23:28:59,3615768809")    # of 32 bits
-                self.assertEqual(before + uvscpd.format_guid(bytes(15)) + after,
-                                 expand(line) + "\r\n")
+                self.assertEqual(lines, [expand(line) + "\r\n"])
 
     def test_bad_events(self) -> None:
         for text in BAD_EVENTS:
@@ -595,7 +612,7 @@ class FrameTest(DaemonTestCase):
 
 
 # =============================================================================
-# 7. Filters
+# 4. Filters
 # =============================================================================
 # For a client with the GUID 0:1:2: ... :F.
 
@@ -615,8 +632,8 @@ class FilterTest(unittest.TestCase):
 
     @staticmethod
     def view(wanted: str, mask: str) -> uvscpd.View:
-        return uvscpd.make_view(uvscpd.parse_filter(expand(wanted)),
-                                uvscpd.parse_filter(expand(mask)), bytes(range(16)))
+        return uvscpd.make_view(uvscpd.parse_filter(expand(wanted), "filter"),
+                                uvscpd.parse_filter(expand(mask), "mask"), bytes(range(16)))
 
     def test_frames_that_pass(self) -> None:
         for wanted, mask, passing, stopped in self.FILTERS:
@@ -659,12 +676,12 @@ class FilterTest(unittest.TestCase):
 
 
 # =============================================================================
-# 8. Session
+# 6. Client: lines
 # =============================================================================
 # From bytes to command lines.
 
 class LineSplitterTest(unittest.TestCase):
-    TOO_LONG = uvscpd.LineSplitter.TOO_LONG
+    TOO_LONG = "(line length exceeded)"
     LINES: tuple[tuple[bytes, list[str]], ...] = (
         (b"noop\r\nquit\n", ["noop", "quit"]),
         (b"no line end", []),
@@ -678,21 +695,25 @@ class LineSplitterTest(unittest.TestCase):
          ["noop", TOO_LONG, TOO_LONG, ""]),
     )
 
+    @staticmethod
+    def feed(splitter: uvscpd.LineSplitter, data: bytes) -> list[str]:
+        return [line if isinstance(line, str) else f"({line})" for line in splitter.feed(data)]
+
     def test_lines_in_pieces_of_any_size(self) -> None:
         for data, lines in self.LINES:
             for size in (len(data), 1, 2, 3, 511, 512, 513, 514):
                 with self.subTest(data[:30], size=size):
                     splitter = uvscpd.LineSplitter()
                     pieces = [data[start:start + size] for start in range(0, len(data), size)]
-                    self.assertEqual([line for piece in pieces for line in splitter.feed(piece)],
-                                     lines)
+                    self.assertEqual(
+                        [line for piece in pieces for line in self.feed(splitter, piece)], lines)
 
     def test_endless_line(self) -> None:
         splitter = uvscpd.LineSplitter()
         for _ in range(100):
-            self.assertEqual(splitter.feed(b"x" * 16384), [])
+            self.assertEqual(self.feed(splitter, b"x" * 16384), [])
             self.assertLessEqual(len(splitter.rest), 513)
-        self.assertEqual(splitter.feed(b"\nnoop\n"), [self.TOO_LONG, "noop"])
+        self.assertEqual(self.feed(splitter, b"\nnoop\n"), [self.TOO_LONG, "noop"])
 
 
 class LineTest(DaemonTestCase):
@@ -721,7 +742,7 @@ class LineTest(DaemonTestCase):
 
 
 # =============================================================================
-# 9. Command table
+# 7. Commands
 # =============================================================================
 # Each row of the protocol's table: names, arguments, replies.
 
@@ -765,7 +786,7 @@ class CommandTest(DaemonTestCase):
         *lines, final = self.connect().ask("help")
         self.assertEqual(final, "+OK")
         self.assertEqual([re.split("[ :]", line)[0] for line in lines],
-                         [row.names.upper().split()[0] for row in uvscpd.COMMANDS])
+                         [row.names[0].upper() for row in ROWS])
 
     def test_two_QUIT_in_one_packet(self) -> None:
         peer = self.connect()
@@ -947,7 +968,7 @@ class ReceiveLoopTest(DaemonTestCase):
         for number in range(3):
             b.ask(f"send 96,20,{number},0,,0,-")
         a.await_events(3)
-        for command, lines in (("vers", 2), ("retr 2", 3), ("help", len(uvscpd.COMMANDS) + 1)):
+        for command, lines in (("vers", 2), ("retr 2", 3), ("help", len(ROWS) + 1)):
             before = a.segments()
             self.assertEqual(len(a.ask(command)), lines)
             self.assertEqual(a.segments() - before, 1, command)
@@ -978,9 +999,9 @@ class LoginTest(DaemonTestCase):
     """
 
     def test_commands_before_login(self) -> None:
-        for row in uvscpd.COMMANDS:
+        for row in ROWS:
             with self.subTest(row.names):
-                reply = self.connect().ask(row.names.split()[0] + " x" * row.least)
+                reply = self.connect().ask(row.names[0] + " x" * row.least)
                 self.assertEqual(reply == ["-OK - Need to log in to perform this command."],
                                  row.privilege > 0)
 
@@ -1017,11 +1038,11 @@ class GuestTest(DaemonTestCase):
 class AccessTest(OwnDaemonTestCase):
     def test_privilege_of_every_command(self) -> None:
         daemon = self.inside()
-        session = uvscpd.Session(daemon, "a client", 0, 0)
-        for level, row in itertools.product(range(16), uvscpd.COMMANDS):
+        client, _ = self.connected(daemon)
+        for level, row in itertools.product(range(16), ROWS):
             with self.subTest(row.names, level=level):
                 daemon.options.guest = level
-                reply = uvscpd.run_command(session, row.names.split()[0] + " x" * row.least)
+                reply = uvscpd.run_command(client, row.names[0] + " x" * row.least)
                 self.assertEqual(reply == NOT_ALLOWED + "\r\n", level < row.privilege)
 
     def test_only_USER_configured(self) -> None:
@@ -1083,13 +1104,12 @@ class AccessTest(OwnDaemonTestCase):
                     "fe80::1%lo", "fd00:*g", "127.0.0.0.*", "256.0.0.*", "127.0:0.*")
 
     def test_ALLOW_patterns(self) -> None:
-        daemon = self.inside()
         for patterns, good, bad in self.PATTERNS:
-            options = uvscpd.parse_arguments([f"--allow={text}" for text in patterns.split()])
-            daemon.options.allow = options.allow
+            allow = uvscpd.parse_arguments([f"--allow={text}" for text in patterns.split()]).allow
             for host in f"{good} {bad}".split():
                 with self.subTest(patterns, host=host):
-                    self.assertEqual(daemon.allowed(host), host in good.split())
+                    self.assertEqual(not allow or any(matches(host) for matches in allow),
+                                     host in good.split())
 
     def test_ALLOW_malformed_patterns(self) -> None:
         for text in self.BAD_PATTERNS:
@@ -1111,89 +1131,82 @@ class AccessTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 10. Bus
+# 5. Bus
 # =============================================================================
-# Who sent the frames that the kernel gives back.
+# Room on the virtual bus, and who sent the frames that come back.
 
-class VirtualBusTest(unittest.TestCase):
-    def test_it_is_bounded(self) -> None:
-        bus = uvscpd.Bus(":virtual:")
-        for number in range(uvscpd.FRAMES_IN_KERNEL):
-            bus.send(number, b"", None)
-        with self.assertRaises(uvscpd.BusFull):
-            bus.send(1, b"", None)
-        self.assertEqual([frame[0] for frame in bus.receive(3)], [0, 1, 2])
-        bus.send(1, b"", None)
-
-
-class OwnFramesTest(unittest.TestCase):
-    HISTORIES = (       # A1: A sends frame 1; A1-: one that the filter stops; 1=A: it is A's
+class BusTest(unittest.TestCase):
+    HISTORIES = (       # A1: A sends frame 1; 1=A: it is A's when it comes back
         "1=None",
         "A1 B2 1=A 2=B 2=None",
         "A1 B1 A1 C1 1=A 1=B 1=A 1=C 1=None",           # identical frames
-        "A1 B2 C3 2=B 3=C B1 1=B",                      # A's never came back, 1 is B's now
-        "A1 B2 2=B 1=A",                                # or came late
-        "A1 B2 doubt C3 3=C 1=A 2=B",                   # or after something went wrong
-        "A1- B2 2=B 1=A",                               # meanwhile the filter has changed
-        "A1- B1 1=B",
+        "A1 B2 C3 2=B 3=C B1 1=A 1=B",                  # A's came late
     )
 
-    def test_histories(self) -> None:
-        sessions = {name: uvscpd.Session.__new__(uvscpd.Session) for name in "ABC"}
+    def setUp(self) -> None:
+        selector = selectors.DefaultSelector()
+        self.addCleanup(selector.close)
+        self.bus = uvscpd.Bus(":virtual:", selector, lambda _mask: None)
+        self.addCleanup(self.bus.close)
+
+    def send(self, can_id: int, data: bytes = b"") -> None:
+        self.bus.send(can_id, data, SENDERS["A"])
+
+    def test_virtual_bus_is_bounded(self) -> None:
+        with self.assertRaises(uvscpd.BusFull):
+            for number in range(uvscpd.MOST_UNDER_WAY):
+                self.send(number)
+        self.assertGreater(len(self.bus.own), 100)
+        frames, empty = self.bus.read(3)
+        self.assertEqual(([frame[0] for frame in frames], empty), ([0, 1, 2], False))
+        frames, empty = self.bus.read(uvscpd.MOST_UNDER_WAY)
+        self.assertEqual((frames[0][0], empty), (3, True))
+        self.send(1)
+
+    def test_own_frames(self) -> None:
         for history in self.HISTORIES:
-            own = uvscpd.OwnFrames()
-            clock = itertools.count()
+            self.bus.own.clear()
             for step in history.split():
                 with self.subTest(history, step=step):
-                    now = next(clock)
-                    if step == "doubt":
-                        own.doubt(lambda _can_id, _sent_us: True)
-                    elif "=" in step:
-                        claimed = own.claim((int(step[0]), b"", now, None))
-                        self.assertIs(claimed and claimed[3], sessions.get(step[2:]))
+                    if "=" in step:
+                        self.assertIs(self.bus.claim(int(step[0]), b""), SENDERS.get(step[2:]))
                     else:
-                        own.add((int(step[1]), b"", now, sessions[step[0]]), "-" not in step)
+                        self.bus.own.append((int(step[1]), b"", SENDERS[step[0]]))
 
-    def test_id_and_data_count(self) -> None:
-        own, session = uvscpd.OwnFrames(), uvscpd.Session.__new__(uvscpd.Session)
-        own.add((1, b"a", 10, session), True)
+    def test_own_frames_id_and_data_count(self) -> None:
+        self.bus.own.append((1, b"a", SENDERS["A"]))
         for can_id, data in ((1, b"b"), (2, b"a")):
-            self.assertIsNone(own.claim((can_id, data, 11, None)))
-        self.assertEqual(own.claim((1, b"a", 11, None)), (1, b"a", 11, session))
+            self.assertIsNone(self.bus.claim(can_id, data))
+        self.assertIs(self.bus.claim(1, b"a"), SENDERS["A"])
 
-    def test_sent_after_what_came_back(self) -> None:
-        a, b, c = (uvscpd.Session.__new__(uvscpd.Session) for _ in range(3))
-        own = uvscpd.OwnFrames()
-        for time_us, session in ((10, a), (20, b), (30, c)):
-            own.add((1, b"", time_us, session), True)
-        own.doubt(lambda _, sent_us: sent_us <= 25)         # one of a's and b's was dropped
-        for time_us, session in ((25, b), (35, c)):
-            claimed = own.claim((1, b"", time_us, None))
-            self.assertIs(claimed and claimed[3], session)
+    def test_own_frames_far_older_are_forgotten(self) -> None:
+        self.bus.own.extend((number, b"", SENDERS["A"]) for number in range(100))
+        self.assertIsNotNone(self.bus.claim(80, b""))
+        self.assertEqual([each[0] for each in self.bus.own], [*range(16, 80), *range(81, 100)])
 
-    def test_memory_is_bounded(self) -> None:
-        own = uvscpd.OwnFrames()
-        for number in range(3 * own.MOST_DOUBTFUL):
-            own.add((number, b"", 0, None), False)
-        self.assertLessEqual(len(own.doubtful) + len(own.pending), own.MOST_DOUBTFUL)
+    def test_own_frames_are_bounded(self) -> None:
+        for number in range(3000):
+            self.bus.own.append((number, b"", SENDERS["A"]))
+        self.assertLessEqual(len(self.bus.own), 1000)
+
+
+class Sender(uvscpd.Client):
+    """A client without a connection."""
+
+    def __init__(self) -> None:
+        self.channel_id = 0
+        self.name = "a sender"
+
+
+SENDERS = {name: Sender() for name in "ABC"}
 
 
 # =============================================================================
-# 11. Client
+# 6. Client
 # =============================================================================
 # How connections begin and end.
 
 class ClientTest(DaemonTestCase):
-    def test_split_lines(self) -> None:
-        for block, limit, pieces in (
-                (b"", 4, []),
-                (b"ab\n", 3, [b"ab\n"]),
-                (b"ab\ncd\nef\n", 6, [b"ab\ncd\n", b"ef\n"]),
-                (b"ab\ncd\nef\n", 5, [b"ab\n", b"cd\n", b"ef\n"]),
-                (b"a\nlong line\nb\nc\n", 4, [b"a\n", b"long line\n", b"b\nc\n"])):
-            with self.subTest(block, limit=limit):
-                self.assertEqual(uvscpd.split_lines(block, limit), pieces)
-
     def test_what_the_Cpp_client_sends_first(self) -> None:
         with Peer(self.daemon.port) as peer:            # it does not wait for the greeting
             peer.send("user ", "pass ", "vers ")
@@ -1207,7 +1220,7 @@ class ClientTest(DaemonTestCase):
         peer.sock.sendall(b"stat\nnot a whole line")
         peer.sock.shutdown(socket.SHUT_WR)
         peer.expect(*["0", "+OK", "-OK - invalid command"] * 100)
-        peer.expect("0,0,0,0,0,0,0", "+OK", "(closed)")
+        peer.expect("0,0,0,0,0,0,0", "+OK", "-OK - invalid command", "(closed)")
 
     def test_replies_read_late(self) -> None:
         peer, other = self.connect(), self.connect()
@@ -1215,7 +1228,7 @@ class ClientTest(DaemonTestCase):
         for _ in range(300):
             self.assertEqual(other.ask("noop"), ["+OK"])        # and others do not wait
         lines = peer.file.read().split(b"\r\n")
-        self.assertEqual(len(lines), 6000 * (len(uvscpd.COMMANDS) + 1) + 2)
+        self.assertEqual(len(lines), 6000 * (len(ROWS) + 1) + 2)
         self.assertEqual(lines[-2:], [b"+OK - bye", b""])
 
     def test_connection_closed_without_a_word(self) -> None:
@@ -1234,7 +1247,7 @@ class ClientTest(DaemonTestCase):
 
 
 # =============================================================================
-# 12. Daemon
+# 8. Daemon
 # =============================================================================
 # Who gets which event, and the limits.
 
@@ -1380,8 +1393,9 @@ class ClientIdTest(OwnDaemonTestCase):
     def test_id_after_65535(self) -> None:
         daemon = self.inside("-g", self.BASE)
         daemon.last_id = 0xFFFE
-        daemon.clients = {mock.Mock(session=mock.Mock(channel_id=number)) for number in (2, 3)}
+        daemon.clients = {mock.Mock(channel_id=number) for number in (2, 3)}
         self.assertEqual([daemon.next_channel_id() for _ in range(3)], [0xFFFF, 1, 4])
+        daemon.clients.clear()
 
     def assert_machine_guid(self, kind: str, first: bytes, addresses: set[bytes]) -> None:
         """One of these addresses, or, where there is none, a bad argument."""
@@ -1448,20 +1462,19 @@ class DiscoveryTest(OwnDaemonTestCase):
                 continue
             with self.subTest(arguments, data=data):
                 daemon = self.inside(*arguments)
-                daemon.bus.send(0x0C001B05, data, None)
+                daemon.bus.send(0x0C001B05, data, SENDERS["A"])
                 daemon.pump(1)
-                self.assertEqual([frame[:2] for frame in daemon.bus.receive(9)], [
+                self.assertEqual([frame[:2] for frame in daemon.bus.read(9)[0]], [
                     (0x0C001C00, b"\x80\x28" + socket.inet_aton(address)
                      + daemon.listener.getsockname()[1].to_bytes(2, "big"))] if address else [])
 
     def test_ten_answers_a_second(self) -> None:
         daemon = self.inside("--answer-probes")
         for now, answers in ((100.0, 10), (100.99, 0), (101.0, 10), (200.0, 10)):
-            daemon.bus.frames.clear()
             daemon.now = now
             for _ in range(30):
                 daemon.answer(27 << 8, b"")
-            self.assertEqual(len(daemon.bus.frames), answers, now)
+            self.assertEqual(len(daemon.bus.read(99)[0]), answers, now)
 
 
 class ServiceTest(OwnDaemonTestCase):
@@ -1474,10 +1487,10 @@ class ServiceTest(OwnDaemonTestCase):
                     sock.settimeout(TIMEOUT)
                     name = address or "@" + sock.getsockname()[1:].decode()
                     daemon = self.start(NOTIFY_SOCKET=name, WATCHDOG_USEC="200000")
-                    self.await_texts(sock, "READY=1", f"STATUS={BUS}: OK, 0 clients", "WATCHDOG=1",
+                    self.await_texts(sock, f"READY=1\nSTATUS={BUS}: OK, 0 clients", "WATCHDOG=1",
                                      "WATCHDOG=1")
                     self.connect(daemon)
-                    self.await_texts(sock, f"STATUS={BUS}: OK, 1 clients")
+                    self.await_texts(sock, f"READY=1\nSTATUS={BUS}: OK, 1 clients")
                     daemon.stop()
                     self.await_texts(sock, "STOPPING=1")
 
@@ -1591,7 +1604,7 @@ class NodeTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 13. Command line, main
+# 9. Options, 10. Start and end
 # =============================================================================
 # Arguments, exit status, messages, signals, detaching.
 
@@ -1654,7 +1667,7 @@ class ProcessTest(OwnDaemonTestCase):
             with self.subTest(number.name), daemon.connect() as peer:
                 peer.ask("rcvloop")
                 daemon.stop(number)             # checks the exit status
-                peer.expect("(closed)")
+                peer.expect("-OK - uvscpd is stopping", "(closed)")
 
     def test_cannot_start(self) -> None:
         port = str(self.start().port)
@@ -1695,7 +1708,7 @@ class ProcessTest(OwnDaemonTestCase):
                     self.assertEqual([os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)],
                                      [os.devnull] * 3)
                     os.kill(pid, signal.SIGTERM)
-                    peer.expect("(closed)")
+                    peer.expect("-OK - uvscpd is stopping", "(closed)")
                 self.assertTrue(select.select([life], [], [], TIMEOUT)[0], "it does not end")
                 self.assertFalse(os.path.exists(pidfile))
             finally:
@@ -1724,7 +1737,7 @@ class ProcessTest(OwnDaemonTestCase):
             reason = os.strerror(errno.EAFNOSUPPORT)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
-        daemon = self.start("-c", "nosuchcan0", JOURNAL_STREAM="8:1")
+        daemon = self.start("-c", "nosuchcan0", journal=True)
         with Peer(daemon.port) as peer:
             peer.expect("uvscpd.py ...", "...", f"+OK - waiting for nosuchcan0: {reason}")
             peer.send("send 96,20,3,0,,0,-", "info", "stat")
@@ -1747,7 +1760,7 @@ class ProcessTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 14. The files
+# The files
 # =============================================================================
 # What uvscpd.py may import, and whether README.md tells the truth.
 
@@ -1805,11 +1818,11 @@ class ReadmeTest(unittest.TestCase):
 
     def test_commands(self) -> None:
         self.assertEqual([(names, int(privilege)) for names, privilege in self.rows("command")],
-                         [(row.names.split(), row.privilege) for row in uvscpd.COMMANDS])
+                         [(row.names, row.privilege) for row in ROWS])
 
 
 # =============================================================================
-# 15. A real kernel
+# A real kernel
 # =============================================================================
 # What the kernel and the bus do to the daemon, on interfaces that the tests make
 # for themselves, as root. A slow, dead or broken bus is a pseudo-terminal with
@@ -1935,7 +1948,7 @@ class KernelTestCase(DaemonTestCase):
 
     @classmethod
     def start(cls) -> None:
-        cls.daemon = DaemonProcess("-c", cls.name, *cls.ARGUMENTS, JOURNAL_STREAM="8:1")
+        cls.daemon = DaemonProcess("-c", cls.name, *cls.ARGUMENTS, journal=True)
 
     @classmethod
     def plug_in(cls) -> None:
@@ -2007,11 +2020,13 @@ class KernelTestCase(DaemonTestCase):
             self.assertEqual([self.retrieve(peer) for peer in peers],
                              [[] if peer is sender else [(7,)] for peer in peers])
 
-    def assert_log(self, wanted: list[str]) -> None:
-        """End the daemon; besides connections it has logged this."""
-        log = self.daemon.stop().splitlines()
-        self.assertEqual([line for line in log
-                          if not re.search("connected|listening|stopped", line)], wanted)
+    def await_log(self, wanted: list[str]) -> None:
+        """Wait until it has logged this besides connections, and nothing else."""
+        deadline, log = time.monotonic() + RETURN_S, [""]
+        while log != wanted:
+            self.assertLess(time.monotonic(), deadline, log)
+            log = [line for line in self.daemon.log.splitlines()
+                   if not re.search("connected|listening|stopped", line)]
 
 
 class FramesTest(KernelTestCase):
@@ -2148,14 +2163,18 @@ class SendersTest(KernelTestCase):
     def test_confirmations_lost_in_a_full_receive_buffer(self) -> None:
         a, b, c = (self.connect() for _ in range(3))
         node = self.node()
-        with self.stopped():
-            for _ in range(FLOOD):
-                node.send(9)
-            a.send(*[event(7)] * 40)
-            b.send(*[event(7)] * 40)
-        for peer in (a, b):
-            peer.expect(*["+OK"] * 40)
-        self.assertLess(self.retrieve(c).count((7,)), 80, "nothing was lost")
+        for _ in range(10):                 # unless the daemon empties the buffer first
+            with self.stopped():
+                for _ in range(FLOOD):
+                    node.send(9)
+                a.send(*[event(7)] * 40)
+                b.send(*[event(7)] * 40)
+            for peer in (a, b):
+                peer.expect(*["+OK"] * 40)
+            if self.retrieve(c).count((7,)) < 80:
+                break
+        else:
+            self.fail("nothing was lost")
         self.assert_senders_known(b, a, c)
 
     def test_interface_goes_under_SENDs(self) -> None:
@@ -2209,7 +2228,7 @@ class InterfaceTest(KernelTestCase):
             a.expect("+OK")
             self.assertEqual(self.retrieve(b), [(1, 2), (4,)])
             log += [f"<4>{reason}", f"<6>vcan7: the bus is back, was: {trouble}"]
-        self.assert_log(log)
+            self.await_log(log)
 
 
 class ErrorFrameTest(KernelTestCase):
@@ -2241,6 +2260,7 @@ class ErrorFrameTest(KernelTestCase):
             log.append(f"<4>vcan7: {text}, try: {advice}" if status
                        else f"<6>vcan7: the bus is back, was: {before}")
             before = text
+            self.await_log(log)
         node.send(1)                        # so there is somebody who acknowledges
         self.assertEqual(self.retrieve(a), [(1,)])
         self.assertEqual(a.ask("info"), ['0,0,0,"OK"', "+OK"])
@@ -2248,7 +2268,7 @@ class ErrorFrameTest(KernelTestCase):
         node.send_error(0x004, 0x01)
         a.ask("cdta")
         self.assertEqual(self.stat(a)[:3], [2, 4, 2])
-        self.assert_log([*log, "<6>vcan7: the bus is back, was: nobody acknowledges"])
+        self.await_log([*log, "<6>vcan7: the bus is back, was: nobody acknowledges"])
 
 
 class OverrunTest(KernelTestCase):
@@ -2314,7 +2334,7 @@ class SerialLineTest(KernelTestCase):
         sent = 0
         while a.read_line() == "+OK":
             sent += 1
-        self.assertGreaterEqual(sent, 10)                   # the length of the transmit queue
+        self.assertGreaterEqual(sent, 5)                    # what waits for the adapter
         b.send(event(2), "noop")
         b.expect(refusal, "+OK")
         a.expect(*[refusal] * (13 - sent))
@@ -2349,7 +2369,7 @@ class SerialLineTest(KernelTestCase):
         a.ask("rcvloop")
         self.unplug()
         self.await_state(b, f"interface {self.name}: No such device")
-        self.assertRegex(b.ask(event(1))[0], f"-OK - .*try: ip link set {self.name} up")
+        self.assertRegex(b.ask(event(1))[0], "-OK - .*, try: plug in the adapter")
         self.assert_idle(a)
         name = self.name
         self.plug_in()
@@ -2364,7 +2384,7 @@ class SerialLineTest(KernelTestCase):
 
 
 # =============================================================================
-# 16. Abuse
+# Abuse
 # =============================================================================
 # Clients that do what they should not cost the others nothing, and the daemon
 # no more memory and descriptors than its limits say.
@@ -2448,16 +2468,16 @@ class AbuseTest(DaemonTestCase):
 
 class TroubleTest(OwnDaemonTestCase):
     def test_client_that_vanished_is_noticed(self) -> None:
-        daemon = self.inside()
-        client, _ = self.connected(daemon)
+        client, _ = self.connected(self.inside())
         get = client.sock.getsockopt
         self.assertTrue(get(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        self.assertTrue(get(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         idle_s, interval_s, probes, unacknowledged_ms = (
             get(socket.IPPROTO_TCP, option) for option in (
                 socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT,
                 socket.TCP_USER_TIMEOUT))
         self.assertLessEqual(idle_s + interval_s * probes, 120)
-        self.assertEqual(unacknowledged_ms, 120000)
+        self.assertEqual(unacknowledged_ms, 0)              # who reads slowly is not gone
 
     def test_out_of_descriptors(self) -> None:
         daemon = self.start()
@@ -2488,11 +2508,10 @@ class TroubleTest(OwnDaemonTestCase):
             def now_and_then(send):
                 def send_or_not(*arguments):
                     if chance.random() < 0.3:
-                        raise uvscpd.BusFull("a full bus for the test")
+                        raise uvscpd.BusFull("a full bus for the test", 0.001)
                     send(*arguments)
                 return send_or_not
-            for bus in uvscpd.Bus, uvscpd.SocketCan:
-                bus.send = now_and_then(bus.send)
+            uvscpd.Bus.send = now_and_then(uvscpd.Bus.send)
             sys.exit(uvscpd.main())
         """))
         self.addCleanup(daemon.stop)
@@ -2512,41 +2531,30 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertLess(max(order.index(str(number)) for number in range(5)),
                         min(len(order) - order[::-1].index(str(number)) for number in range(5)))
 
-    def connected(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
-        """A client inside a daemon where nothing runs, and its other end."""
-        with contextlib.redirect_stderr(io.StringIO()):
-            other_end = socket.create_connection(daemon.listener.getsockname())
-            daemon.on_connection(0)
-        self.addCleanup(other_end.close)
-        (client,) = (client for client in daemon.clients
-                     if client.sock.getpeername() == other_end.getsockname())
-        return client, other_end
-
-    def test_client_lost_while_its_command_takes_events_in(self) -> None:
+    def test_client_reset_while_its_command_takes_events_in(self) -> None:
         daemon = self.inside()
         client, other_end = self.connected(daemon)
-        client.streaming = True
+        daemon.now += 1
+        client.stream_at = daemon.now
         other_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         other_end.close()
         client.lines.extend(["noop", "cdta", "send 96,20,3,0,,0,-", "quit"])
-        daemon.bus.send(1, b"", None)
-        with contextlib.redirect_stderr(io.StringIO()):
-            client.guarded(client.turn)
+        daemon.bus.send(1, b"", SENDERS["A"])
+        client.on_ready(selectors.EVENT_READ)
         self.assertTrue(client.closed)
         self.assertEqual((daemon.clients, daemon.leaving), (set(), set()))
-        self.assertEqual(daemon.bus.receive(9), [])         # and the SEND did not run
+        self.assertEqual(len(daemon.bus.read(9)[0]), 1)     # its SEND has run all the same
 
     def test_no_events_after_QUIT(self) -> None:
         daemon = self.inside("--buffer", "9")
         client, other_end = self.connected(daemon)
         with other_end:
-            client.session.fifo.extend(["an event\r\n"] * 9)
+            client.fifo.extend(["an event\r\n"] * 9)
             client.lines.extend(["retr 2", "rcvloop", "quit"])
             client.turn()
             daemon.now += 3
-            for _, _, action, arguments in list(daemon.timers):
-                action(*arguments)
-            self.assertFalse(client.streaming or client.closed)
+            daemon.tick()
+            self.assertFalse(client.stream_at < uvscpd.NEVER or client.closed)
             other_end.settimeout(TIMEOUT)
             heard = b""
             while not heard.endswith(b"+OK - bye\r\n"):
@@ -2554,7 +2562,7 @@ class TroubleTest(OwnDaemonTestCase):
             self.assertEqual(heard.count(b"an event"), 2)
             self.assertEqual(other_end.recv(4096), b"")
 
-    def test_slow_reader_that_leaves_has_time_while_it_reads(self) -> None:
+    def test_slow_reader_that_leaves_has_time(self) -> None:
         daemon = self.inside()
         client, other_end = self.connected(daemon)
         while not client.output:                # until the connection takes no more
@@ -2562,32 +2570,33 @@ class TroubleTest(OwnDaemonTestCase):
             client.flush()
         client.lines.append("quit")
         client.leave()
-        leave_by = client.leave_by
-        for _ in range(3):
-            daemon.now += 4
-            client.turn()                       # nothing was read meanwhile
-            self.assertEqual(client.leave_by, leave_by)
-        while client.leave_by == leave_by:
+        daemon.now += 60                        # nothing was read meanwhile
+        client.tick()
+        self.assertFalse(client.closed)
+        while client.output:
             other_end.recv(1 << 16)
             client.turn()
-        self.assertGreater(client.leave_by, daemon.now + 4)
+        for seconds, closed in ((4, False), (2, True)):     # with all sent, 5 s
+            daemon.now += seconds
+            client.tick()
+            self.assertEqual(client.closed, closed)
 
     def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
         daemon = self.inside("--buffer", "100000")
         client, other_end = self.connected(daemon)
-        client.session.rcvloop = client.streaming = True
+        client.stream_at = daemon.now
         lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
-        while len(client.session.fifo) < 50000:
+        while len(client.fifo) < 50000:
             client.put(lines, "".join(lines).encode())
         client.turn()
         other_end.sendall(b"quitloop\n")
         for _ in range(500):
-            if client.session.rcvloop:
+            if client.stream_at < uvscpd.NEVER:
                 client.put(lines, "".join(lines).encode())
                 other_end.recv(1 << 16)
                 for key, mask in daemon.selector.select(0):
                     key.data(mask)
-        self.assertFalse(client.session.rcvloop)
+        self.assertEqual(client.stream_at, uvscpd.NEVER)
 
     def test_many_connections_that_linger_cost_no_reply(self) -> None:
         daemon = self.start("--max-clients", "1")
@@ -2608,19 +2617,28 @@ class TroubleTest(OwnDaemonTestCase):
         for peer in peers:
             peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
 
-    def test_nobody_waits_longer_for_the_bus_as_others_wait_too(self) -> None:
+    def test_who_waits_for_the_bus_gives_up_together(self) -> None:
         daemon = self.inside()
         clients = [self.connected(daemon)[0] for _ in range(9)]
-        with mock.patch.object(daemon.bus, "send", side_effect=uvscpd.BusFull("full")):
+        full = uvscpd.BusFull("full", uvscpd.NEVER)
+        with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
             for client in clients:
                 client.lines.extend(["send 96,20,3,0,,0,-"])
                 client.turn()
-            self.assertEqual(len(daemon.senders), 9)
-            daemon.now += uvscpd.SEND_WAIT_S
-            clients[0].send_by += 0.1           # it stands first, and finds no room
-            daemon.retry_senders()
-        self.assertEqual([len(client.lines) for client in clients], [1] + [0] * 8)
-        self.assertEqual(list(daemon.senders), [clients[0]])
+            self.assertEqual(list(daemon.waiting), clients)
+            self.assertEqual(send.call_count, 1)            # the others see that it has no room
+            daemon.now += uvscpd.SEND_WAIT_S - 0.1
+            send.side_effect = [None, full]
+            daemon.send_waiting()                           # the bus moves, so they have time
+            self.assertEqual(list(daemon.waiting), clients[1:])
+            daemon.now += uvscpd.SEND_WAIT_S - 0.1
+            send.side_effect = full
+            daemon.tick()
+            self.assertEqual(list(daemon.waiting), clients[1:])
+            daemon.now += 0.2
+            daemon.tick()
+        self.assertEqual([len(client.lines) for client in clients], [0] * 9)
+        self.assertFalse(daemon.waiting)
 
     def test_too_few_descriptors_to_start(self) -> None:
         for most in range(4, 10):
@@ -2650,9 +2668,9 @@ class TroubleTest(OwnDaemonTestCase):
             import sys
             sys.path.insert(0, {HERE!r})
             import uvscpd
-            def broken(session):
+            def broken(client):
                 raise RuntimeError("a bug for the test")
-            uvscpd.COMMAND_BY_NAME["wcyd"].handler = broken
+            uvscpd.COMMANDS["wcyd"].handler = broken
             sys.exit(uvscpd.main())
         """))
         with daemon.connect() as a, daemon.connect() as b:
@@ -2693,7 +2711,7 @@ def hostile_line(rng: random.Random) -> bytes:
         "", fields(1, ""), fields(2, " "), ",".join(event), fields(rng.randrange(40), ","),
         fields(4, ","), f"0,{fields(2, ',')},{':'.join('0' * rng.choice((15, 16, 17)))}",
         fields(16, ":"), expand(f"::{rng.randrange(999):X}")))
-    name = rng.choice([*uvscpd.COMMAND_BY_NAME, "send", "send", "send", "", "foo"])
+    name = rng.choice([*uvscpd.COMMANDS, "send", "send", "send", "", "foo"])
     line = bytearray(f"{name}{' ' * rng.randrange(3)}{arguments}".encode())
     for _ in range(rng.choice((0, 0, 0, 1, 2, 5))):
         line.insert(rng.randrange(len(line) + 1), rng.randrange(256))
