@@ -5,6 +5,7 @@
     python3 test_uvscpd.py                          all tests, on the virtual bus
     python3 test_uvscpd.py CommandTest              one class, or Class.test
     UVSCPD_TEST_CAN=vcan0 python3 test_uvscpd.py    all tests, on a SocketCAN interface
+    UVSCPD_TEST_LONG=1 python3 test_uvscpd.py       also those that take minutes
     python3 test_uvscpd.py fuzz [SECONDS [SEED]]    hostile lines
     python3 test_uvscpd.py soak [SECONDS [IFACE]]   full load, clients come and go
     python3 test_uvscpd.py bench [IFACE [SECONDS]]  a table of figures
@@ -25,7 +26,8 @@ GUID that ends with 5 after zeros, `$` for a line's end with a space before it, 
 `(closed)` for the end of the connection. What one client sends without a blank line
 between goes in one packet. Each transcript is run in four ways (DaemonTestCase.play).
 
-The sections are those of uvscpd.py, in its order.
+The sections are those of uvscpd.py, in its order. What changes the whole machine,
+its clock for one, runs only under .ci/kernel.
 """
 
 # =============================================================================
@@ -60,7 +62,7 @@ import time
 import tty
 import unittest
 from calendar import timegm
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
@@ -71,9 +73,14 @@ PROGRAM = os.path.join(HERE, "uvscpd.py")
 CAN = os.environ.get("UVSCPD_TEST_CAN", "")
 BUS = CAN or ":virtual:"
 TIMEOUT = 30                    # seconds; reached only when something is broken
+F_SETPIPE_SZ = 1031             # Python has it since 3.10
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
 
 needs_can = unittest.skipUnless(CAN, "UVSCPD_TEST_CAN is not set")
+needs_guest = unittest.skipUnless(CAN and os.path.exists("/proc/1/root/job/command"),
+                                  "UVSCPD_TEST_CAN is not set, or this is not .ci/kernel")
+needs_time = unittest.skipUnless(os.environ.get("UVSCPD_TEST_LONG"),
+                                 "UVSCPD_TEST_LONG is not set")
 
 
 def ipv6_works() -> bool:
@@ -92,22 +99,34 @@ def run(*arguments: str, **popen: Any) -> subprocess.CompletedProcess[str]:
 
 
 class DaemonProcess:
-    """uvscpd.py in the foreground, on a port that it chooses itself."""
+    """uvscpd.py in the foreground, on a port that it chooses itself.
+
+    `journal`: its stderr is the journal's, as far as it can tell. `unread`: its
+    stderr holds 4 kB, and once it listens nobody reads it until `reading` is set.
+    `prepare` is called in its process before it starts.
+    """
 
     def __init__(self, *arguments: str, program: tuple[str, ...] = (PROGRAM,),
-                 ip: str = "127.0.0.1", journal: bool = False, **environment: str) -> None:
-        reading_end, stderr = os.pipe()
-        if journal:                     # stderr is, as it were, systemd's journal
-            environment["JOURNAL_STREAM"] = "{0.st_dev}:{0.st_ino}".format(os.fstat(stderr))
-        self.process = subprocess.Popen(
-            [sys.executable, *program, "-s", "-p", "0", "-c", BUS, *(["-i", ip] if ip else []),
-             *arguments], stdin=subprocess.DEVNULL, stderr=stderr,
-            env={**ENVIRONMENT, **environment})
-        os.close(stderr)
-        self.stderr = open(reading_end, encoding="utf-8")       # noqa: SIM115  read_log closes it
+                 ip: str = "127.0.0.1", journal: bool = False, unread: bool = False,
+                 prepare: Callable[[], Any] | None = None, **environment: str) -> None:
+        end, stderr = os.pipe()
+        if journal:
+            status = os.fstat(stderr)
+            environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+        if unread:
+            fcntl.fcntl(stderr, F_SETPIPE_SZ, 4096)
+        with open(stderr, "wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *program, "-s", "-p", "0", "-c", BUS,
+                 *(["-i", ip] if ip else []), *arguments], stdin=subprocess.DEVNULL, stderr=file,
+                env={**ENVIRONMENT, **environment}, preexec_fn=prepare)
+        self.stderr = open(end, encoding="utf-8")       # noqa: SIM115
         self.log = ""
         self.port = 0
         self.listening = threading.Event()
+        self.reading = threading.Event()
+        if not unread:
+            self.reading.set()
         self.reader = threading.Thread(target=self.read_log, daemon=True)
         self.reader.start()
         self.listening.wait(TIMEOUT)
@@ -116,13 +135,14 @@ class DaemonProcess:
             raise AssertionError(f"the daemon does not listen:\n{self.log}")
 
     def read_log(self) -> None:
-        with self.stderr:
-            for line in self.stderr:
+        with self.stderr as stderr:
+            for line in stderr:
                 self.log += line
                 match = re.search(r"listening on \S+ port (\d+)", line)
                 if match:
                     self.port = int(match[1])
                     self.listening.set()
+                    self.reading.wait()
         self.listening.set()
 
     @contextlib.contextmanager
@@ -134,6 +154,16 @@ class DaemonProcess:
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)
+
+    def log_up_to_now(self) -> str:
+        """The log, with all that it has said before a client that connects now."""
+        with Peer(self.port) as peer:
+            name = "{}:{}: connected\n".format(*peer.sock.getsockname())
+            deadline = time.monotonic() + TIMEOUT
+            while name not in self.log:
+                if peer.ask("noop")[-1] == "(closed)" or time.monotonic() > deadline:
+                    raise AssertionError(f"the log is not read:\n{self.log}")
+        return self.log.partition(name)[0]
 
     def connect(self, host: str = "127.0.0.1") -> Peer:
         """A client that has been greeted."""
@@ -149,6 +179,7 @@ class DaemonProcess:
         finally:
             self.process.kill()
             self.process.wait()
+            self.reading.set()
             self.reader.join(TIMEOUT)
         if status or "Traceback" in self.log:
             raise AssertionError(f"the daemon ended with status {status}:\n{self.log}")
@@ -1995,10 +2026,10 @@ class KernelTestCase(DaemonTestCase):
     def stat(self, peer: Peer) -> list[int]:
         return [int(number) for number in peer.ask("stat")[0].split(",")]
 
-    def await_state(self, peer: Peer, text: str) -> None:
+    def await_state(self, peer: Peer, text: str, status: str = "[0-4]") -> None:
         """Wait until INFO says so."""
         deadline = time.monotonic() + RETURN_S
-        while f',"{text}"' not in peer.ask("info")[0]:
+        while not re.fullmatch(f'{status},.*,"{pattern(text)}"', peer.ask("info")[0]):
             self.assertLess(time.monotonic(), deadline, peer.heard[-2])
 
     def assert_idle(self, peer: Peer) -> None:
@@ -2326,6 +2357,32 @@ class SerialLineTest(KernelTestCase):
         a.expect(*["+OK"] * 300)
         self.assertEqual(self.retrieve(b), events)
 
+    def test_twelve_senders_take_turns(self) -> None:
+        peers = [self.connect() for _ in range(12)]
+        with self.stopped():
+            for number, peer in enumerate(peers):
+                peer.send(*(event(number, count) for count in range(60)))
+        order: list[int] = []
+        with contextlib.suppress(AssertionError):           # some were refused: the replies tell
+            while len(order) < 12 * 60:
+                time.sleep(1 / 62)                          # the bus takes no more than this
+                order.append(self.adapter.take(1)[0][0])
+        for number, peer in enumerate(peers):
+            peer.expect(*["+OK"] * 60)
+            places = [place for place, sender in enumerate(order) if sender == number]
+            waits = [later - place for place, later in zip(places, places[1:])]
+            self.assertEqual(len(places), 60)
+            self.assertLessEqual(max(waits), 2 * 12)        # when all wait, each is the twelfth
+
+    def test_waiting_SENDs_cost_nothing(self) -> None:
+        a = self.connect()
+        a.send(*[event(1)] * 40)
+        while a.read_line() == "+OK":
+            pass
+        cpu_before, before = cpu_time(self.daemon), time.monotonic()
+        a.expect(*["-OK - ..."] * 3)
+        self.assertLess(cpu_time(self.daemon) - cpu_before, 0.1 * (time.monotonic() - before))
+
     def test_dead_bus(self) -> None:
         a, b, c = (self.connect() for _ in range(3))
         refusal = f"-OK - {self.name} takes no more frames: ..."
@@ -2381,6 +2438,264 @@ class SerialLineTest(KernelTestCase):
         a.expect(seen(3))
         self.assertEqual(self.adapter.take(1), [(3,)])
         self.assertEqual(self.retrieve(b), [(2,)])
+
+
+class OwnKernelDaemonTestCase(KernelTestCase):
+    """Each test has a daemon of its own on the interface."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.plug_in()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.unplug()
+
+    def setUp(self) -> None:
+        self.start()
+        self.addCleanup(self.daemon.stop)
+
+
+@needs_guest
+class UnderWayTest(OwnKernelDaemonTestCase):
+    """On a bus that takes its time, as real ones do: a frame comes back when it is through."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.load_vcan("echo=1")             # own frames come back from the bus, not at once
+        super().setUpClass()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        try:
+            super().tearDownClass()
+        finally:
+            cls.load_vcan("echo=0")
+
+    @staticmethod
+    def load_vcan(option: str) -> None:
+        """Load the module anew, which takes all its interfaces away."""
+        modprobe = ["chroot", "/proc/1/root", "modprobe"]
+        subprocess.run([*modprobe, "-r", "vcan"], check=False, timeout=TIMEOUT)
+        subprocess.run([*modprobe, "vcan", option], check=True, timeout=TIMEOUT)
+        ip(f"add dev {CAN} up type vcan")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.marks = 0
+
+    def netem(self, manner: str) -> None:
+        """From now on the bus is of this manner (tc-netem(8))."""
+        subprocess.run(["tc", "qdisc", "replace", "dev", self.name, "root", "netem",
+                        *manner.split()], check=True, timeout=TIMEOUT)
+
+    def arrived(self, *peers: Peer) -> list[list[tuple[int, ...]]]:
+        """Type and data of all events for each client, those under way, too."""
+        self.marks += 1
+        mark = (255, self.marks)
+        self.node().send(*mark)             # comes behind all that is under way
+        arrived = []
+        for peer in peers:
+            deadline = time.monotonic() + TIMEOUT
+            events = self.retrieve(peer)
+            while mark not in events:
+                self.assertLess(time.monotonic(), deadline)
+                events += self.retrieve(peer)
+            arrived.append([each for each in events if each[0] != 255])
+        return arrived
+
+    def await_sent(self, peer: Peer, command: str) -> None:
+        """Give this command until it is done."""
+        deadline = time.monotonic() + RETURN_S
+        while peer.ask(command) != ["+OK"]:
+            self.assertLess(time.monotonic(), deadline, peer.heard[-1])
+
+    def test_sender_leaves(self) -> None:
+        self.netem("delay 100ms")
+        first = self.connect()
+        events = [(7, number) for number in range(10)]
+        for manner in ("SEND and QUIT in one packet", "QUIT after +OK", "closed after +OK"):
+            got = []
+            for each in events:
+                with Peer(self.daemon.port) as sender:
+                    sender.send(event(*each), *["quit"] * manner.startswith("SEND"))
+                    sender.expect("...", "...", "+OK - ...", "+OK")
+                    if manner.startswith("QUIT"):
+                        sender.send("quit")
+                    if "QUIT" in manner:
+                        sender.expect("+OK - bye", "(closed)")
+                got += self.arrived(first)[0]
+            with self.subTest(manner):
+                self.assertEqual(got, events)
+            other = self.connect()          # and the same from somebody who stays
+            for each in events:
+                self.assertEqual(other.ask(event(*each)), ["+OK"])
+            with self.subTest(manner + ", then another one"):
+                self.assertEqual(self.arrived(first, other), [events, []])
+            other.__exit__()
+
+    def test_interface_flaps_twice(self) -> None:
+        self.netem("delay 100ms")
+        a, b, c = (self.connect() for _ in range(3))
+        for _ in range(6):
+            for peer, vscp_type in ((a, 7), (b, 8)):
+                self.await_sent(peer, event(vscp_type))
+            self.go_down()
+            self.go_up()
+            for peer, vscp_type in ((a, 7), (b, 8)):
+                peer.ask(event(vscp_type))
+            self.go_down()
+            self.go_up()
+            self.await_state(a, "OK")
+            for peer in (a, b, c):
+                peer.ask("clra")
+            # Whoever still waits for what was lost takes these for his own.
+            for peer, vscp_type in ((b, 7), (a, 8)):
+                self.await_sent(peer, event(vscp_type))
+            self.assertEqual(self.arrived(a, b, c), [[(7,)], [(8,)], [(7,), (8,)]])
+
+    def test_clock_is_set(self) -> None:
+        self.netem("delay 300ms")
+        a, b, c = (self.connect() for _ in range(3))
+        ahead_s = time.time() - time.monotonic()
+        self.addCleanup(lambda: time.clock_settime(time.CLOCK_REALTIME,
+                                                   time.monotonic() + ahead_s))
+        for step_s in (-2, 60):
+            for number in range(10):
+                for peer, vscp_type in ((a, 1), (b, 2)):
+                    self.assertEqual(peer.ask(event(vscp_type, number)), ["+OK"])
+            time.clock_settime(time.CLOCK_REALTIME, time.time() + step_s)
+            ones, twos, both = self.arrived(b, a, c)
+            with self.subTest(step_s):
+                self.assertEqual((ones, twos), ([(1, number) for number in range(10)],
+                                                [(2, number) for number in range(10)]))
+                self.assertEqual(both, [each for pair in zip(ones, twos) for each in pair])
+
+    def test_frames_that_never_come_back(self) -> None:
+        sender, _ = self.connect(), self.connect()
+        self.netem("loss 100%")
+        before = memory(self.daemon)
+        for first in range(0, 20000, 500):
+            send_events(sender, range(first, first + 500))
+            self.assertEqual({sender.file.readline() for _ in range(500)}, {b"+OK\r\n"})
+        self.assertLess(memory(self.daemon) - before, 2.5 * MEGABYTE)
+
+    def test_frames_that_overtake_each_other(self) -> None:
+        self.netem("delay 60ms 50ms")
+        peers = [self.connect() for _ in range(3)]
+        overtaken = 0
+        for batch in range(4):              # as many as may be under way on a real bus
+            events = [(number % 3, batch, number) if number % 4 else (9,) for number in range(45)]
+            for number, each in enumerate(events):
+                self.assertEqual(peers[number % 3].ask(event(*each)), ["+OK"])
+            for number, peer in enumerate(peers):
+                wanted = [each for i, each in enumerate(events) if i % 3 != number]
+                peer.await_events(len(wanted))
+                got = self.retrieve(peer)
+                self.assertEqual(sorted(got), sorted(wanted))
+                overtaken += got != wanted
+        self.assertTrue(overtaken)
+
+
+class BurstTest(OwnKernelDaemonTestCase):
+    """What came while the daemon was not there: more than the kernel holds for it."""
+
+    BURST = 9000
+
+    def test_all_are_counted_at_once(self) -> None:
+        a, b, node = self.connect(), self.connect(), self.node()
+        with self.stopped():
+            for number in range(self.BURST):
+                node.send(number >> 8 & 0xFF, number & 0xFF)
+            c = Peer(self.daemon.port)
+            self.addCleanup(c.__exit__)
+            for peer in (a, b):
+                peer.send("cdta", "stat")
+        for peer in (a, b):
+            peer.expect("...", "+OK", "...", "+OK")
+            buffered, overruns = int(peer.heard[-4]), int(peer.heard[-2].split(",")[2])
+            self.assertEqual(buffered + overruns, self.BURST)
+        c.expect("...", "...", "+OK - ...")
+        for late in (c, self.connect()):
+            self.assertEqual((late.ask("cdta")[0], self.stat(late)[2:5]), ("0 ", [0, 0, 0]))
+
+    def test_STAT_first(self) -> None:
+        a, node = self.connect(), self.node()
+        with self.stopped():
+            for number in range(self.BURST):
+                node.send(number >> 8 & 0xFF, number & 0xFF)
+            a.send("stat", "cdta")
+        a.expect("...", "+OK", "...", "+OK")
+        self.assertEqual(int(a.heard[-4].split(",")[2]) + int(a.heard[-2]), self.BURST)
+
+    def test_CLRA(self) -> None:
+        a, node = self.connect(), self.node()
+        for errors in (0, 1):
+            with self.stopped():
+                for _ in range(2500):
+                    node.send(1)
+                    for _ in range(errors):
+                        node.send_error(0x004, 0x08)
+                a.send("clra", "cdta")
+            with self.subTest(errors=errors):
+                a.expect("+OK - ...", "0 ", "+OK")
+                self.assertEqual(self.retrieve(a), [])
+
+
+class BusStateTest(OwnKernelDaemonTestCase):
+    def test_error_frame_and_interface_down_and_up(self) -> None:
+        a, node = self.connect(), self.node()
+        with self.stopped():
+            node.send_error(uvscpd.ERR_BUSOFF)
+            self.go_down()
+            self.go_up()
+        for _ in range(2):
+            a.ask("cdta")                   # takes it in
+            self.await_state(a, "OK")
+            self.assertEqual(a.ask(event(1)), ["+OK"])
+
+    def test_nobody_acknowledges_ends_with_one_client(self) -> None:
+        a, node = self.connect(), self.node()
+        node.send_error(uvscpd.ERR_ACK)
+        self.await_state(a, "nobody acknowledges")
+        self.assertEqual(a.ask(event(1)), ["+OK"])
+        self.await_state(a, "OK")
+
+    def test_many_error_frames(self) -> None:
+        a, node, begin = self.connect(), self.node(), time.monotonic()
+        for number in range(500):
+            node.send_error(uvscpd.ERR_ACK)
+            node.send(*divmod(number, 256))
+        self.assertEqual(self.retrieve(a), [divmod(number, 256) for number in range(500)])
+        log = self.daemon.log_up_to_now()
+        most = 4 + 4 * (time.monotonic() - begin)       # a line a change and half-second
+        self.assertLess(len(re.findall("nobody acknowledges", log)), most)
+        self.await_state(a, "OK")
+
+
+class NoCarrierTest(KernelTestCase):
+    """Linux takes frames for an interface without a carrier, and drops them in silence."""
+
+    name = "vxcan7"
+
+    @classmethod
+    def plug_in(cls) -> None:
+        ip("add dev vxcan7 type vxcan peer name vxcan8")
+        set_up("vxcan7", True)
+
+    def test_no_carrier_at_start_and_later(self) -> None:
+        a, b = self.connect("+OK - ..."), self.connect("+OK - ...")
+        for _ in range(2):
+            self.await_state(a, "...", "[34]")
+            self.assertRegex(a.ask(event(1))[0], "-OK - ")
+            set_up("vxcan8", True)
+            self.await_state(a, "OK")
+            node = Node("vxcan8", listening=True)
+            self.addCleanup(node.sock.close)
+            self.assertEqual(a.ask(event(2)), ["+OK"])
+            self.assertEqual(node.receive(1), [(2,)])
+            self.assertEqual(self.retrieve(b), [(2,)])
+            set_up("vxcan8", False)
 
 
 # =============================================================================
