@@ -1170,8 +1170,8 @@ class BusTest(unittest.TestCase):
     HISTORIES = (       # A1: A sends frame 1; 1=A: it is A's when it comes back
         "1=None",
         "A1 B2 1=A 2=B 2=None",
-        "A1 B1 A1 C1 1=A 1=B 1=A 1=C 1=None",           # identical frames
-        "A1 B2 C3 2=B 3=C B1 1=A 1=B",                  # A's came late
+        "A1 B1 A1 C1 1=C 1=A 1=B 1=A 1=None",           # identical frames
+        "A1 B2 C3 2=B 3=C B1 1=B 1=A 1=None",           # A's was lost, or comes late
     )
 
     def setUp(self) -> None:
@@ -2192,21 +2192,25 @@ class SendersTest(KernelTestCase):
         self.assert_senders_known(*peers)
 
     def test_confirmations_lost_in_a_full_receive_buffer(self) -> None:
-        a, b, c = (self.connect() for _ in range(3))
-        node = self.node()
-        for _ in range(10):                 # unless the daemon empties the buffer first
-            with self.stopped():
-                for _ in range(FLOOD):
-                    node.send(9)
-                a.send(*[event(7)] * 40)
-                b.send(*[event(7)] * 40)
-            for peer in (a, b):
-                peer.expect(*["+OK"] * 40)
-            if self.retrieve(c).count((7,)) < 80:
-                break
-        else:
-            self.fail("nothing was lost")
-        self.assert_senders_known(b, a, c)
+        selector, node = selectors.DefaultSelector(), self.node()
+        bus = uvscpd.Bus(self.name, selector, lambda _mask: None)
+        self.addCleanup(selector.close)
+        self.addCleanup(bus.close)
+        bus.set_filters([(0, 0)], True)
+
+        def read() -> list[Any]:
+            frames, empty = bus.read(uvscpd.FRAMES_IN_KERNEL)
+            self.assertTrue(empty)
+            return [frame[4] for frame in frames]
+
+        for _ in range(FLOOD):
+            node.send(9)
+        for name in "AB" * 40:
+            bus.send(7, b"", SENDERS[name])
+        self.assertEqual(set(read()), {None}, "nothing was lost")
+        for name in "BBAC":
+            bus.send(7, b"", SENDERS[name])
+            self.assertEqual(read(), [SENDERS[name]])
 
     def test_interface_goes_under_SENDs(self) -> None:
         a, b, c = (self.connect() for _ in range(3))
@@ -2381,7 +2385,7 @@ class SerialLineTest(KernelTestCase):
             pass
         cpu_before, before = cpu_time(self.daemon), time.monotonic()
         a.expect(*["-OK - ..."] * 3)
-        self.assertLess(cpu_time(self.daemon) - cpu_before, 0.1 * (time.monotonic() - before))
+        self.assertLess(cpu_time(self.daemon) - cpu_before, 0.3 * (time.monotonic() - before))
 
     def test_dead_bus(self) -> None:
         a, b, c = (self.connect() for _ in range(3))

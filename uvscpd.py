@@ -871,18 +871,22 @@ class Bus:
         return [(can_id, data, seconds, nanoseconds, sender)]
 
     def claim(self, can_id: int, data: bytes) -> Client | Daemon | None:
-        """Who sent a frame that came back: of the oldest equal one. None: nobody knows.
+        """Who sent a frame that came back; None: nobody knows.
 
-        Some never come back (a full receive buffer, a controller in one-shot mode):
-        what is far older than one that does is forgotten.
+        Some never come back (a full receive buffer, a controller in one-shot mode).
+        So of equal frames the newest is taken: all that come back are given out, to
+        the right number of clients, and one that does not is never mistaken for a
+        later one. What is far older than a frame that came back is forgotten.
         """
-        for place, (own_id, own_data, sender) in enumerate(self.own):
-            if own_id == can_id and own_data == data:
-                del self.own[place]
-                for _ in range(place - MOST_OVERTAKEN):
-                    self.own.popleft()
-                return sender
-        return None
+        equal = [place for place, own in enumerate(self.own)
+                 if own[1] == data and own[0] == can_id]
+        if not equal:
+            return None
+        sender = self.own[equal[-1]][2]
+        del self.own[equal[-1]]
+        for _ in range(equal[0] - MOST_OVERTAKEN):
+            self.own.popleft()
+        return sender
 
     def on_error_frame(self, can_id: int, data: bytes) -> None:
         """Note what an error frame (linux/can/error.h) says."""
