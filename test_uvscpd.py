@@ -73,6 +73,7 @@ PROGRAM = os.path.join(HERE, "uvscpd.py")
 CAN = os.environ.get("UVSCPD_TEST_CAN", "")
 BUS = CAN or ":virtual:"
 TIMEOUT = 30                    # seconds; reached only when something is broken
+RETURN_S = 10                   # what takes a second or less, on slow machines less than this
 F_SETPIPE_SZ = 1031             # Python has it since 3.10
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
 
@@ -123,6 +124,7 @@ class DaemonProcess:
         self.stderr = open(end, encoding="utf-8")       # noqa: SIM115
         self.log = ""
         self.port = 0
+        self.logged = threading.Condition()     # a line more in `log`
         self.listening = threading.Event()
         self.reading = threading.Event()
         if not unread:
@@ -137,7 +139,9 @@ class DaemonProcess:
     def read_log(self) -> None:
         with self.stderr as stderr:
             for line in stderr:
-                self.log += line
+                with self.logged:
+                    self.log += line
+                    self.logged.notify_all()
                 match = re.search(r"listening on \S+ port (\d+)", line)
                 if match:
                     self.port = int(match[1])
@@ -155,15 +159,12 @@ class DaemonProcess:
         finally:
             self.process.send_signal(signal.SIGCONT)
 
-    def log_up_to_now(self) -> str:
-        """The log, with all that it has said before a client that connects now."""
-        with Peer(self.port) as peer:
-            name = "{}:{}: connected\n".format(*peer.sock.getsockname())
-            deadline = time.monotonic() + TIMEOUT
-            while name not in self.log:
-                if peer.ask("noop")[-1] == "(closed)" or time.monotonic() > deadline:
-                    raise AssertionError(f"the log is not read:\n{self.log}")
-        return self.log.partition(name)[0]
+    def await_log(self, text: str) -> str:
+        """Wait until it has logged something that matches; returns the log."""
+        with self.logged:
+            if not self.logged.wait_for(lambda: re.search(text, self.log), RETURN_S):
+                raise AssertionError(f"nothing like {text!r} in the log:\n{self.log}")
+            return self.log
 
     def connect(self, host: str = "127.0.0.1") -> Peer:
         """A client that has been greeted."""
@@ -208,11 +209,13 @@ class Peer:
         self.sock.sendall("".join(expand(line) + "\r\n" for line in lines).encode("latin-1"))
 
     def read_line(self) -> str:
-        """The next line, `(closed)` at the end, `(nothing)` when none comes."""
+        """The next line, `(closed)` or `(reset)` at the end, `(nothing)` when none comes."""
         try:
             line = self.file.readline().decode("latin-1") or "(closed)\r\n"
         except socket.timeout:
             line = "(nothing)\r\n"
+        except ConnectionResetError:
+            line = "(reset)\r\n"
         if not line.endswith("\r\n"):
             raise AssertionError(f"a line without CR LF: {line!r}")
         self.heard.append(line[:-2])
@@ -467,6 +470,15 @@ class NarrowPeer(Peer):
         return sock
 
 
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else is given, but on which a daemon can listen."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
 class OwnDaemonTestCase(unittest.TestCase):
     """Tests that start daemons as they need them."""
 
@@ -480,6 +492,29 @@ class OwnDaemonTestCase(unittest.TestCase):
         peer = daemon.connect(host)
         self.addCleanup(peer.__exit__)
         return peer
+
+    @contextlib.contextmanager
+    def detached(self, **options: Any) -> Iterator[tuple[int, int]]:
+        """The port and the process id of a daemon in the background, which must end in the end."""
+        with tempfile.TemporaryDirectory() as directory, reserved_port() as port:
+            life, other_end = os.pipe()         # which ends when the daemon is no more
+            self.addCleanup(os.close, life)
+            result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
+                         "uvscpd.pid", cwd=directory, pass_fds=(other_end,), **options)
+            os.close(other_end)
+            self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
+            pidfile = os.path.join(directory, "uvscpd.pid")
+            with open(pidfile, encoding="ascii") as file:
+                pid = int(file.read())
+            try:
+                yield port, pid
+                if os.path.exists(pidfile):
+                    os.kill(pid, signal.SIGTERM)
+                self.assertTrue(select.select([life], [], [], TIMEOUT)[0], "it does not end")
+                self.assertFalse(os.path.exists(pidfile))
+            finally:
+                if not select.select([life], [], [], 0)[0]:
+                    os.kill(pid, signal.SIGKILL)
 
     def inside(self, *arguments: str) -> uvscpd.Daemon:
         """A daemon in this process; nothing runs but what the test calls."""
@@ -1540,11 +1575,25 @@ class ServiceTest(OwnDaemonTestCase):
                     texts.append(sock.recv(1000).decode())
                 self.assertNotIn("WATCHDOG=1", texts)
 
+    def test_READY_comes_though_the_queue_was_full(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            sock.bind(os.path.join(directory, "notify"))
+            sock.settimeout(RETURN_S)
+            other.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    other.sendto(b"STATUS=another service", sock.getsockname())
+            daemon = self.start(NOTIFY_SOCKET=sock.getsockname())
+            self.connect(daemon)                # it has tried by now
+            self.await_texts(sock, "READY=1")
+
     @staticmethod
     def await_texts(sock: socket.socket, *texts: str) -> None:
         """Wait until these have come in this order; others may stand between them."""
         for text in texts:
-            while sock.recv(1000).decode() != text:
+            while text not in sock.recv(1000).decode():
                 pass
 
 
@@ -1691,14 +1740,42 @@ class ArgumentTest(OwnDaemonTestCase):
             self.assertEqual(peer.ask("ggid"), ["1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10", "+OK"])
 
 
+STOPPING = "-OK - uvscpd is stopping"
+
+
 class ProcessTest(OwnDaemonTestCase):
     def test_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             daemon = DaemonProcess()
-            with self.subTest(number.name), daemon.connect() as peer:
-                peer.ask("rcvloop")
-                daemon.stop(number)             # checks the exit status
-                peer.expect("-OK - uvscpd is stopping", "(closed)")
+            peers = [self.connect(daemon) for _ in range(3)]
+            peers[0].ask("rcvloop")
+            peers[1].sock.sendall(b"noop\nno line end")
+            peers[1].expect("+OK")
+            daemon.stop(number)                 # checks the exit status
+            for peer in peers:
+                with self.subTest(number.name):
+                    peer.expect(STOPPING, "(closed)")
+
+    def test_SIGTERM_while_commands_wait_and_a_client_does_not_read(self) -> None:
+        daemon = DaemonProcess()
+        deaf, peer = NarrowPeer(daemon.port), self.connect(daemon)
+        self.addCleanup(deaf.__exit__)
+        deaf.sock.sendall(b"help\n" * 300)
+        self.assertEqual(peer.ask("noop"), ["+OK"])
+        with daemon.paused():
+            peer.send(*["noop"] * 5)
+            daemon.process.send_signal(signal.SIGTERM)
+        daemon.stop()
+        while peer.read_line() != "(closed)":
+            pass
+        self.assertEqual(peer.heard[-2], STOPPING)
+
+    def test_SIGHUP_under_nohup(self) -> None:
+        daemon = self.start(prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        peer = self.connect(daemon)
+        daemon.process.send_signal(signal.SIGHUP)
+        for _ in range(2):
+            self.assertEqual(peer.ask("noop"), ["+OK"])
 
     def test_cannot_start(self) -> None:
         port = str(self.start().port)
@@ -1717,34 +1794,14 @@ class ProcessTest(OwnDaemonTestCase):
         self.detach(preexec_fn=lambda: os.closerange(0, 3))
 
     def detach(self, **options: Any) -> None:
-        with tempfile.TemporaryDirectory() as directory, socket.socket() as reserved:
-            # Nobody else is given a port that is bound, but a daemon can listen on it.
-            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            reserved.bind(("127.0.0.1", 0))
-            port = reserved.getsockname()[1]
-            life, other_end = os.pipe()         # which ends when the daemon is no more
-            self.addCleanup(os.close, life)
-            result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
-                         "uvscpd.pid", cwd=directory, pass_fds=(other_end,), **options)
-            os.close(other_end)
-            self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
-            pidfile = os.path.join(directory, "uvscpd.pid")
-            with open(pidfile, encoding="ascii") as file:
-                pid = int(file.read())
-            try:
-                with Peer(port) as peer:
-                    peer.expect("...", "...", f"+OK - Success, connected to {BUS}")
-                    self.assertNotEqual(os.getsid(pid), os.getsid(0))
-                    self.assertEqual(os.readlink(f"/proc/{pid}/cwd"), "/")
-                    self.assertEqual([os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)],
-                                     [os.devnull] * 3)
-                    os.kill(pid, signal.SIGTERM)
-                    peer.expect("-OK - uvscpd is stopping", "(closed)")
-                self.assertTrue(select.select([life], [], [], TIMEOUT)[0], "it does not end")
-                self.assertFalse(os.path.exists(pidfile))
-            finally:
-                if not select.select([life], [], [], 0)[0]:
-                    os.kill(pid, signal.SIGKILL)
+        with self.detached(**options) as (port, pid), Peer(port) as peer:
+            peer.expect("...", "...", f"+OK - Success, connected to {BUS}")
+            self.assertNotEqual(os.getsid(pid), os.getsid(0))
+            self.assertEqual(os.readlink(f"/proc/{pid}/cwd"), "/")
+            self.assertEqual([os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)],
+                             [os.devnull] * 3)
+            os.kill(pid, signal.SIGTERM)
+            peer.expect(STOPPING, "(closed)")
 
     def test_addresses(self) -> None:
         both = ["127.0.0.1", "::1"] if ipv6_works() else ["127.0.0.1"]
@@ -1777,7 +1834,12 @@ class ProcessTest(OwnDaemonTestCase):
         self.assertEqual([line for line in log if not re.match("<[46]>[^<]", line)], [])
         warnings = [line for line in log if line.startswith("<4>")]
         self.assertEqual(len(warnings), 1, log)
-        self.assertRegex(warnings[0], "ip link|modprobe")
+        self.assertRegex(warnings[0], "adapter|driver|modprobe can_raw")
+
+    def test_JOURNAL_STREAM_of_another_file(self) -> None:
+        log = self.start(JOURNAL_STREAM="8:1").stop()
+        self.assertRegex(log, r"(?m)^uvscpd\.py .* listening on ")
+        self.assertNotIn("<", log)
 
     def test_debug_does_not_show_a_password(self) -> None:
         daemon = self.start("-d", "-U", "Admin", "-P", "secRet")
@@ -1865,7 +1927,6 @@ needs_root = unittest.skipUnless(CAN and os.geteuid() == 0,
 
 SIOCGIFNAME, SIOCSIFFLAGS, N_SLCAN = 0x8910, 0x8914, 17
 FLOOD = 7000                    # frames, more than the daemon's receive buffer holds
-RETURN_S = 10                   # a bus is back within a second, on slow machines within this
 
 
 def ip(arguments: str) -> None:
@@ -2430,7 +2491,7 @@ class SerialLineTest(KernelTestCase):
         a.ask("rcvloop")
         self.unplug()
         self.await_state(b, f"interface {self.name}: No such device")
-        self.assertRegex(b.ask(event(1))[0], "-OK - .*, try: plug in the adapter")
+        refusal = b.ask(event(1))[0]
         self.assert_idle(a)
         name = self.name
         self.plug_in()
@@ -2442,6 +2503,7 @@ class SerialLineTest(KernelTestCase):
         a.expect(seen(3))
         self.assertEqual(self.adapter.take(1), [(3,)])
         self.assertEqual(self.retrieve(b), [(2,)])
+        self.assertRegex(refusal, "-OK - .*try: .*(adapter|driver)")
 
 
 class OwnKernelDaemonTestCase(KernelTestCase):
@@ -2671,7 +2733,8 @@ class BusStateTest(OwnKernelDaemonTestCase):
             node.send_error(uvscpd.ERR_ACK)
             node.send(*divmod(number, 256))
         self.assertEqual(self.retrieve(a), [divmod(number, 256) for number in range(500)])
-        log = self.daemon.log_up_to_now()
+        late = self.connect().sock.getsockname()[1]
+        log = self.daemon.await_log(f":{late}: connected")
         most = 4 + 4 * (time.monotonic() - begin)       # a line a change and half-second
         self.assertLess(len(re.findall("nobody acknowledges", log)), most)
         self.await_state(a, "OK")
@@ -2700,6 +2763,50 @@ class NoCarrierTest(KernelTestCase):
             self.assertEqual(node.receive(1), [(2,)])
             self.assertEqual(self.retrieve(b), [(2,)])
             set_up("vxcan8", False)
+
+
+@needs_root
+class NobodyConnectedTest(OwnDaemonTestCase):
+    """What the daemon does on the bus before the first client, and after the last one."""
+
+    def setUp(self) -> None:
+        self.node = Node(BUS, listening=True)
+        self.node.sock.settimeout(RETURN_S)
+        self.addCleanup(self.node.sock.close)
+
+    def test_probe_is_answered(self) -> None:
+        daemon = self.start("--answer-probes")
+        for _ in range(2):
+            self.node.send_frame(uvscpd.EFF_FLAG | 0x0C001B05, b"\0\x7F\0\0\1")
+            self.assertEqual(self.node.sock.recv(72), uvscpd.pack_frame(
+                0x0C001C00, b"\x80\x28\x7F\0\0\1" + daemon.port.to_bytes(2, "big")))
+            with daemon.connect() as peer:
+                peer.send("quit")
+                peer.expect("+OK - bye", "(closed)")
+
+    def test_debug_shows_frames(self) -> None:
+        daemon = self.start("-d")
+        for number in (201, 202):
+            self.node.send(3, number)
+            daemon.await_log(rf"\b20\b.*\b3\b.*\b({number}|{number:02X})\b")
+            with daemon.connect() as peer:
+                peer.send("quit")
+                peer.expect("+OK - bye", "(closed)")
+
+
+@needs_root
+class HintTest(OwnDaemonTestCase):
+    def test_what_to_do_about_an_interface(self) -> None:
+        for name, told, not_told in (
+                ("lo", r"\blo\b.* no(t a)? CAN interface", "ip link"),
+                ("can7", r"\bcan7\b.*(adapter|driver)", "ip link set can7 up")):
+            daemon = self.start("-c", name)
+            with Peer(daemon.port) as peer:
+                peer.expect("...", "...", f"+OK - waiting for {name}: ...")
+                for where, text in (("reply", peer.ask(event(1))[0]), ("log", daemon.stop())):
+                    with self.subTest(name, where=where):
+                        self.assertRegex(text, told)
+                        self.assertNotIn(not_told, text)
 
 
 # =============================================================================
@@ -2785,6 +2892,176 @@ class AbuseTest(DaemonTestCase):
         self.assertLess(memory_used[-1] - memory_used[0], 2 * MEGABYTE)
 
 
+class LogTest(OwnDaemonTestCase):
+    """Whoever should read the messages does not."""
+
+    def call(self, port: int, *commands: str) -> None:
+        """Connect, give commands and quit, as many do; each makes messages."""
+        with Peer(port) as peer:
+            peer.expect("...", "...", "+OK - ...")
+            peer.send(*commands, "quit")
+            peer.expect(*["+OK"] * len(commands), "+OK - bye", "(closed)")
+
+    def test_nobody_reads_stderr(self) -> None:
+        daemon = self.start("-d", unread=True)
+        for _ in range(20):
+            self.call(daemon.port, *["noop"] * 20)
+        daemon.process.send_signal(signal.SIGTERM)
+        self.assertEqual(daemon.process.wait(TIMEOUT), 0)
+
+    def test_messages_are_counted_while_nobody_reads_stderr(self) -> None:
+        daemon, calls = self.start(unread=True), 100
+        for _ in range(calls):
+            self.call(daemon.port)
+        daemon.reading.set()
+        lost = r"(\d+) (?:\w+ )?messages?"
+        deadline = time.monotonic() + TIMEOUT
+        while not re.search(lost, daemon.log):
+            self.assertLess(time.monotonic(), deadline, daemon.log)
+            self.call(daemon.port)
+            calls += 1
+        log = daemon.stop()
+        told = sum(int(number) for number in re.findall(lost, log))
+        self.assertAlmostEqual(told + len(re.findall(": (dis)?connected", log)), 2 * calls,
+                               delta=1)         # the last one may still be on its way out
+
+    @needs_guest
+    def test_nobody_reads_syslog(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind("/dev/log")
+            self.addCleanup(os.unlink, "/dev/log")
+            with self.detached() as (port, pid):
+                for _ in range(100):
+                    self.call(port)
+            self.assertRegex(sock.recv(1000).decode(), rf"<30>.*uvscpd\[{pid}\]: ")
+
+    def test_full_disk(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, reserved_port() as port, \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(os.path.join(directory, "notify"))
+            sock.settimeout(TIMEOUT)
+            log = os.path.join(directory, "log")
+            with open(log, "wb") as file:
+                process = subprocess.Popen(
+                    [sys.executable, PROGRAM, "-s", "-c", BUS, "-i", "127.0.0.1", "-p", str(port)],
+                    stdin=subprocess.DEVNULL, stderr=file,
+                    env={**ENVIRONMENT, "NOTIFY_SOCKET": sock.getsockname()})
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+            self.assertRegex(sock.recv(1000), b"READY=1\n")
+            names = []
+            unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+            for limit in (unlimited, (1, unlimited[1]), unlimited):
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
+                with Peer(port) as peer:
+                    names.append("{}:{}: connected".format(*peer.sock.getsockname()))
+                    peer.expect("...", "...", "+OK - ...")
+            process.terminate()
+            self.assertEqual(process.wait(TIMEOUT), 0)
+            with open(log, encoding="ascii") as text:
+                logged = text.read()
+            self.assertEqual([name in logged for name in names], [True, False, True], logged)
+
+
+class FarewellTest(OwnDaemonTestCase):
+    """Clients that go, or seem to."""
+
+    def test_closed_without_reading_replies(self) -> None:
+        daemon = self.start()
+        observer = self.connect(daemon)
+        lines = "".join(f"send 96,20,3,0,,0,-,{number_text(number)}\n" for number in range(400))
+        for title, pause in (("running", contextlib.nullcontext()), ("paused", daemon.paused())):
+            with pause, socket.create_connection(("127.0.0.1", daemon.port), TIMEOUT) as sock:
+                sock.sendall(lines.encode())
+            with self.subTest(title):
+                observer.await_events(400)
+                observer.send("retr 400")
+                self.assertEqual(read_numbers(observer, 399), list(range(400)))
+                observer.expect("+OK")
+
+    def test_reader_that_pauses_longer_than_the_daemon_lingers(self) -> None:
+        daemon, count = self.start("--buffer", "200000"), 5000
+        sender, reader = self.connect(daemon), NarrowPeer(daemon.port)
+        self.addCleanup(reader.__exit__)
+        used = descriptors(daemon)
+        for first in range(0, count, 250):
+            send_events(sender, range(first, first + 250))
+            self.assertEqual({sender.file.readline() for _ in range(250)}, {b"+OK\r\n"})
+        reader.await_events(count)
+        reader.send("retr 200000", "quit")
+        self.assertEqual(sender.ask("noop"), ["+OK"])
+        time.sleep(7)
+        self.assertEqual(read_numbers(reader, count - 1), list(range(count)))
+        reader.expect("-OK - No event(s) available", "+OK - bye", "(closed)")
+        await_descriptors(daemon, used - 1, sender)     # though the reader's end is not closed
+
+    def test_memory_of_those_who_quit(self) -> None:
+        daemon, count = self.start(), 250
+        sender = self.connect(daemon)
+        sender.send("sflt 0,0,9,::0", "smsk 0,0,255,::0")
+        sender.expect("+OK", "+OK")
+        used = []
+        for _ in range(3):
+            peers = [self.connect(daemon) for _ in range(30)]
+            for number, peer in enumerate(peers):       # each has lines of its own
+                self.assertEqual(peer.ask(f"sgid {number:X}" + ":FF" * 15), ["+OK"])
+            send_events(sender, range(count))
+            self.assertEqual({sender.file.readline() for _ in range(count)}, {b"+OK\r\n"})
+            for peer in peers:
+                peer.await_events(count)
+                peer.send("sflt 0,0,9,::0", "smsk 0,0,255,::0")
+                peer.expect("+OK", "+OK")
+            for peer in peers:                          # an event that nobody wants
+                peer.send("send 96,20,8,0,,0,-", "quit")
+                peer.expect("+OK", "+OK - bye", "(closed)")
+                peer.__exit__()
+            used.append(memory(daemon))
+        self.assertLess(used[-1] - used[0], MEGABYTE)   # the lines of two rounds are 2.2 MB
+
+
+@needs_time
+class PatienceTest(OwnDaemonTestCase):
+    """What shows after minutes."""
+
+    def test_slow_readers_stay(self) -> None:
+        daemon = self.start()
+        sender, *readers = (self.connect(daemon), NarrowPeer(daemon.port), NarrowPeer(daemon.port))
+        for reader in readers:
+            self.addCleanup(reader.__exit__)
+            reader.ask("rcvloop")
+        for second in range(150):
+            send_events(sender, range(100 * second, 100 * second + 100))
+            sender.expect(*["+OK"] * 100)
+            readers[0].file.read1(1500)                 # the other one reads nothing
+            time.sleep(1)
+        for reader in readers:
+            reader.file.readline()                      # the rest of a line
+            reader.send("quitloop", "vers")
+            while reader.read_line() != "1,0,0,0":
+                self.assertNotIn("(", reader.heard[-1])
+
+    @needs_guest
+    def test_vanished_peers_go(self) -> None:
+        # Nothing from them arrives any more, not even that they are not there.
+        daemon = self.start(ip="")
+        sender = self.connect(daemon)
+        used = descriptors(daemon)
+        for commands in (["rcvloop"], []):
+            for peer in (self.connect(daemon), self.connect(daemon, "127.0.0.9")):
+                peer.ask(*commands or ["noop"])
+        route = ["ip", "route", "add", "blackhole", "127.0.0.9/32", "table", "local"]
+        subprocess.run(route, check=True, timeout=TIMEOUT)
+        route[2] = "del"
+        self.addCleanup(subprocess.run, route, check=True, timeout=TIMEOUT)
+        begin = time.monotonic()
+        while descriptors(daemon) > used + 2:
+            self.assertLess(time.monotonic(), begin + 330)
+            self.assertEqual(sender.ask("send 96,20,3,0,,0,-"), ["+OK"])
+            time.sleep(1)
+        await_descriptors(daemon, used + 2, sender)
+        self.assertEqual(descriptors(daemon), used + 2)         # the others are there
+
+
 class TroubleTest(OwnDaemonTestCase):
     def test_client_that_vanished_is_noticed(self) -> None:
         client, _ = self.connected(self.inside())
@@ -2817,6 +3094,21 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertIn(tries, range(1, int(time.monotonic() - waiting.since) + 3))
         peers[1].__exit__()
         waiting.expect("uvscpd.py ...", "...", "+OK - ...")
+
+    def test_more_clients_than_the_soft_limit_of_descriptors(self) -> None:
+        def limit(soft: int, hard: int) -> Callable[[], None]:
+            return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+        daemon = self.start("--max-clients", "100", prepare=limit(64, 256))
+        peers = [self.connect(daemon) for _ in range(100)]
+        with Peer(daemon.port) as peer:
+            peer.expect("-OK - Max number of clients connected.", "(closed)")
+        for peer in peers:
+            self.assertEqual(peer.ask("noop"), ["+OK"])
+        result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--max-clients", "100",
+                     preexec_fn=limit(64, 64))
+        self.assertEqual((result.returncode, result.stdout), (2, ""))
+        self.assertRegex(result.stderr, r"\Auvscpd\.py: .*max-clients.*\n\Z")
 
     def test_senders_share_a_bus_that_is_full_now_and_then(self) -> None:
         daemon = DaemonProcess(program=("-c", f"""if True:
@@ -2969,7 +3261,7 @@ class TroubleTest(OwnDaemonTestCase):
                 sys.exit(uvscpd.main(["-s", "-p", "0", "-c", ":virtual:", "--pidfile", "/no/pid"]))
             """)
             with self.subTest(most=most):
-                self.assertEqual(result.returncode, 1)
+                self.assertEqual(result.returncode, 2)
                 self.assertRegex(result.stderr, r"\Auvscpd\.py: [^\n]+\n\Z")
 
     def test_pidfile_of_another_one_stays(self) -> None:

@@ -133,6 +133,8 @@ LINGER_S = 5.0                  # to let a last reply arrive before closing
 STOPPING_S = 0.5                # the same when the daemon ends
 MOST_LEAVING = 100              # connections that linger at the same time
 PEER_GONE_S = 300               # a peer that has acknowledged nothing for so long is gone
+PEER_CHECK_S = 10
+SPARE_DESCRIPTORS = 20          # needed besides those of the clients
 ACCEPT_PAUSE_S = 1.0            # after running out of descriptors
 
 
@@ -189,7 +191,7 @@ class Log:
         if self.debugging:
             text = f"{clock_text(time.time())} {text}"
         for line in text.splitlines():
-            if self.lost and self.put(LOG_WARNING, f"{self.lost} lines could not be logged"):
+            if self.lost and self.put(LOG_WARNING, f"{self.lost} messages could not be logged"):
                 self.lost = 0
             if self.lost or not self.put(priority, line):
                 self.lost += 1
@@ -708,7 +710,7 @@ class Bus:
                 advice = f"ip link add dev {name} type vcan && {up}"
             try:
                 socket.if_nametoindex(name)     # it is there, but bind refused it
-                text, advice = f"{name} is not a CAN interface", "ip link"
+                text, advice = f"{name} is not a CAN interface", ""
             except OSError:
                 pass                            # as expected: there is no such interface
         elif code == errno.ENETDOWN:
@@ -978,6 +980,7 @@ class Client:
         self.sign_at = NEVER                    # the next sign of life is due
         self.resume_at = 0.0                    # no line runs before; NEVER: it waits for the bus
         self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
+        self.look_at = daemon.now + PEER_CHECK_S    # is the peer still there?
 
     # --- what the loop calls ---
 
@@ -1024,6 +1027,12 @@ class Client:
         self.turn()                 # epoll reports room only when a third of the buffer is free
         if self.leave_by <= self.daemon.now:
             self.daemon.drop(self, "")
+        if self.look_at <= self.daemon.now and not self.closed:
+            self.look_at = self.daemon.now + PEER_CHECK_S
+            # One that is there acknowledges, if only a probe, however slowly it reads.
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
+            if struct.unpack_from("=I", info, LAST_ACK_RECEIVED)[0] > PEER_GONE_S * 1000:
+                self.daemon.drop(self, "the peer is gone")
 
     # --- reading and commands ---
 
@@ -2168,6 +2177,23 @@ def listen(ip: str | None, port: int) -> socket.socket:
     return listener
 
 
+def allow_descriptors(clients: int) -> None:
+    """Have the system allow as many descriptors as so many clients need.
+
+    Raises VscpError when it does not, which is known before the first client comes.
+    """
+    import resource
+    needed = clients + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise VscpError(f"--max-clients {clients} needs {needed} descriptors, the system allows "
+                        f"{hard} (ulimit -n)")
+    if soft != resource.RLIM_INFINITY and soft < needed + MOST_LEAVING:
+        wanted = needed + MOST_LEAVING
+        resource.setrlimit(resource.RLIMIT_NOFILE, (
+            wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
 def detach() -> int:
     """Go on in a child with a session of its own; returns the descriptor for ready().
 
@@ -2215,6 +2241,7 @@ def serve(options: argparse.Namespace) -> int:
     while null <= 2:
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
+    allow_descriptors(options.max_clients)
     try:
         listener = listen(options.ip, options.port)
     except OSError as error:
@@ -2257,6 +2284,9 @@ def main(arguments: list[str] | None = None) -> int:
     log.debugging = options.debug
     try:
         return serve(options)
+    except VscpError as error:
+        log.error(f"uvscpd.py: {error}")
+        return 2
     except OSError as error:
         log.error(f"uvscpd.py: {error}")
         log.debug(traceback_text(error))
