@@ -21,9 +21,9 @@ Most tests of the protocol are transcripts of what clients A, B ... send and get
     <  other lines to get
     =  wait until so many events are buffered for this client
 
-`*` stands for a date and time, `#` for a timestamp, `...` for any text, `::5` for a
-GUID that ends with 5 after zeros, `$` for a line's end with a space before it, and
-`(closed)` for the end of the connection. What one client sends without a blank line
+`*` stands for a date and time, `#` for a timestamp, `*,#` for both as in an event,
+`...` for any text, `::5` for a GUID that ends with 5 after zeros, `$` for a line's
+end with a space before it, and `(closed)` for the end of the connection. What one client sends without a blank line
 between goes in one packet. Each transcript is run in four ways (DaemonTestCase.play).
 
 The sections are those of uvscpd.py, in its order. What changes the whole machine,
@@ -260,12 +260,13 @@ class Peer:
 
 
 WILDCARDS = {"*": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "#": r"\d{1,10}", "...": ".*"}
+WILDCARDS["*,#"] = WILDCARDS["*"] + "Z," + WILDCARDS["#"]
 
 
 def pattern(text: str) -> str:
     """The regular expression for a line of a transcript."""
     return "".join(WILDCARDS.get(part, re.escape(part))
-                   for part in re.split(r"(\*|#|\.\.\.)", expand(text)))
+                   for part in re.split(r"(\*,#|\*|#|\.\.\.)", expand(text)))
 
 
 def expand(text: str) -> str:
@@ -577,6 +578,11 @@ EVENTS = (                              # given to SEND; CAN id # data; the line
     ("96,20,9,0,2026-11-21T22:59:33,0,", "0C140900#", "96,20,9,0,*,#,::0"),
     ("480,10,6,0,,11616992294838206464,00:00:00:00:00:00:00:00:00:00:00:00:00:00:00:00,0x8A,0x01",
      "1C0A0600#8a01", "224,10,6,0,*,#,::0,138,1"),
+    # One comma at the end is no data byte: VSCP's Arduino client ends events without data so.
+    ("0,20,3,0,2026-11-24T12:00:00,0,::0,", "00140300#", "0,20,3,0,*,#,::0"),
+    ("96,20,3,0,,0,-,1,2,", "0C140300#0102", "96,20,3,0,*,#,::0,1,2"),
+    ("96,20,3,0,,0,,", "0C140300#", "96,20,3,0,*,#,::0"),
+    ("96,20,3,x,yesterday,-1,-,7", "0C140300#07", "96,20,3,0,*,#,::0,7"),
     # Level I mirrored as Level II; of the interface's GUID, 14 bytes count.
     (f"96,532,3,0,,0,-,{ZEROS}", "0C140300#", "96,20,3,0,*,#,::0"),
     (f"96,532,3,0,,0,::5,{ZEROS},0,1,35", "0C140305#000123", "96,20,3,0,*,#,::5,0,1,35"),
@@ -593,7 +599,8 @@ BAD_EVENTS = (
     "96", "96,20,3,0,,0", "65536,20,3,0,,0,-", "-1,20,3,0,,0,-", ",20,3,0,,0,-", "x,20,3,0,,0,-",
     f"96,1024,3,0,,0,-,{ZEROS}", "96,65535,3,0,,0,-", "96,-1,3,0,,0,-", "96,,3,0,,0,-",
     "96,20,256,0,,0,-", "96,20,-1,0,,0,-", "96,20,,0,,0,-",
-    "96,20,3,0,,0,-,256", "96,20,3,0,,0,-,-1", "96,20,3,0,,0,-,", "96,20,3,0,,0,-,1,,2",
+    "96,20,3,0,,0,-,256", "96,20,3,0,,0,-,-1", "96,20,3,0,,0,-,1,,2",
+    "96,20,3,0,,0,-,,", "96,20,3,0,,0,,,", "96,20,3,0,,0,-,1,,",
     "96,20,3,0,,0,-,0x", "96,20,3,0,,0,-,0xG", "96,20,3,0,,0,-,FF", "96,20,3,0,,0,-,1.5",
     "96,20,3,0,,0,-,1,2,3,4,5,6,7,8,9",
     "96,20,3,0,,0,0", "96,20,3,0,,0,::1:FFF", "96,20,3,0,,0,0:G", "96,20,3,0,,0,::0:",
@@ -626,7 +633,7 @@ class EventTest(unittest.TestCase):
                 can_id, _, data = frame.partition("#")
                 lines = uvscpd.format_events([(int(can_id, 16), bytes.fromhex(data), 1795390139,
                                                810025999, None)], uvscpd.format_guid(bytes(15)))
-                line = seen.replace("*,#", "2026-11-22T23:28:59,3615768809")    # of 32 bits
+                line = seen.replace("*,#", "2026-11-22T23:28:59Z,3615768809")    # of 32 bits
                 self.assertEqual(lines, [expand(line) + "\r\n"])
 
     def test_bad_events(self) -> None:
@@ -672,7 +679,7 @@ class FrameTest(DaemonTestCase):
         b.ask("send 96,20,3,0,2001-01-01T00:00:00,1,-")
         a.await_events(1)
         fields = a.ask("retr")[0].split(",")
-        seconds = timegm(time.strptime(fields[4], "%Y-%m-%dT%H:%M:%S"))
+        seconds = timegm(time.strptime(fields[4], "%Y-%m-%dT%H:%M:%SZ"))
         self.assertTrue(before <= seconds <= time.time(), fields)
         self.assertLess(int(fields[5]) - seconds * 1000000 & 0xFFFFFFFF, 1000000, fields)
 
@@ -819,7 +826,7 @@ class CommandTest(DaemonTestCase):
         ("+", "-OK - no input"),
         ("vers version", "1,0,0,0 | +OK"),
         ("wcyd whatcanyoudo", "00-00-00-00-00-00-80-28 | +OK"),
-        ("interface", f"0,1,::0,{BUS}|Started * | +OK"),
+        ("interface client", f"0,2,::0,{BUS}|Started * | +OK"),
         ("cdta chdata chkdata checkdata", "0 $ | +OK"),
         ("clra clrall clearall", "+OK - All events cleared."),
         ("stat", "0,0,0,0,0,0,0 | +OK"),
@@ -829,10 +836,10 @@ class CommandTest(DaemonTestCase):
         ("retr retrieve", "-OK - No event(s) available"),
         ("rcvloop receiveloop quitloop", "+OK"),
         ("restart shutdown", "-OK - uvscpd is not capable of restart/shutdown"),
-        ("challenge measurement driver file udp remote var variable dm table test",
+        ("challenge measurement driver file udp remote var variable dm table test binary",
          "-OK - ...full VSCP daemon..."),
     )
-    WITH_ARGUMENT = "user pass help interface retr retrieve"
+    WITH_ARGUMENT = "user pass help interface client retr retrieve"
     NEED_ARGUMENT = "send sgid setguid smsk setmask sflt setfilter"
 
     def test_every_name_in_lower_upper_and_mixed_case(self) -> None:
@@ -846,7 +853,7 @@ class CommandTest(DaemonTestCase):
         lines = [f"{name} 1" for name in without if name not in self.WITH_ARGUMENT.split()]
         lines += [f"{name} 1 2" for name in f"{self.WITH_ARGUMENT} {self.NEED_ARGUMENT}".split()]
         lines += self.NEED_ARGUMENT.split()
-        self.play("".join(f"> {line} | -OK - wrong number of arguments\n" for line in lines))
+        self.play("".join(f"> {line} | -OK - wrong number of arguments...\n" for line in lines))
 
     def test_HELP(self) -> None:
         *lines, final = self.connect().ask("help")
@@ -884,10 +891,12 @@ class CommandTest(DaemonTestCase):
     test_HELP_about_a_command
         > help send     | SEND ... | +OK
         > HELP ChkData  | CDTA... | +OK
+        > ? smsk        | SMSK ...the mask... | +OK
+        > help sflt     | SFLT ...the filter... | +OK
         > help foo      | -OK - ...
     test_INTERFACE_action
-        > interface list    | 0,1,::0,...|Started * | +OK
-        > Interface LIST    | 0,1,::0,...|Started * | +OK
+        > interface list    | 0,2,::0,...|Started * | +OK
+        > Interface LIST    | 0,2,::0,...|Started * | +OK
         > interface close   | -OK - ...full VSCP daemon...
         > interface unique 0:1 | -OK - ...full VSCP daemon...
         > interface Normal  | -OK - ...full VSCP daemon...
@@ -939,9 +948,23 @@ class CommandTest(DaemonTestCase):
     test_RETR_bad_count
         B> send 96,20,1,0,,0,-
         A= 1
-        A> retr -1      | -OK - ...
+        A> retr -x      | -OK - ...
         A> retr many    | -OK - ...
         A> cdta         | 1 $ | +OK
+    test_RETR_negative_count
+        A> retr -1
+        B> send 96,20,1,0,,0,- ; send 96,20,2,0,,0,-
+        A= 2
+        A> retr -1      | 96,20,1,0,*,#,::0 | 96,20,2,0,*,#,::0 | +OK
+        A> retr -9
+    test_spaces_behind_commas
+        A> smsk 0, 0xFFFF,0,  ::0 ; sflt 0, 20, 0, ::0
+        B> send 96, 20, 3, 0, , 0, -, 1,  2
+        B> send 96 ,20,3,0,,0,- | -OK - wrong number of arguments, expected head,class,...
+        B> send         | -OK - wrong number of arguments, expected head,class,...
+        B> smsk 0,0     0,0 | -OK - wrong number of arguments, expected priority,class,type,GUID
+        A= 1
+        A> retr         | 96,20,3,0,*,#,::0,1,2 | +OK
     test_SEND_nine_data_bytes
         > send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8,9 | -OK - too many data bytes
     test_SMSK_SFLT
@@ -1430,19 +1453,27 @@ class ClientIdTest(OwnDaemonTestCase):
         for number, peer in enumerate((a, b, c), 1):
             peer.send("chid", "ggid")
             peer.expect(f"{number}", "+OK", f"{self.BASE}:0:{number}:0:0", "+OK")
-        # The id is the obid. The second event is mirrored as Level II, meant for A's interface.
+        # The id is the obid. A mirrored event may be meant for A's GUID or the interface's.
         a.send("send 96,20,1,0,,0,::5,7", f"send 96,532,2,0,,0,::6,{self.DATA},0,1,0,9,8",
+               f"send 96,532,3,0,,0,::6,{self.DATA},0,0,0,9,9",
                f"send 96,532,2,0,,0,::6,{self.DATA},0,2,0,9,8")
-        a.expect("+OK", "+OK", "-OK - ...")
-        c.await_events(2)
-        c.send("retr 2")
-        c.expect(f"96,20,1,1,*,#,{self.BASE}:0:3:0:5,7", f"96,20,2,1,*,#,{self.BASE}:0:3:0:6,8",
-                 "+OK")
+        a.expect("+OK", "+OK", "+OK", "-OK - ...")
+        # Its events show the interface's GUID, to which filters are compared, whatever SGID says.
+        b.send("sgid ::1", f"sflt 0,0,0,{self.BASE}:0:0:0:0", "smsk 0,0,0," + "FF:" * 15 + "0")
+        b.expect("+OK", "+OK", "+OK")
+        a.ask("send 96,20,4,0,,0,::5")
+        seen = [f"96,20,{rest}" for rest in (
+            f"1,1,*,#,{self.BASE}:0:0:0:5,7", f"2,1,*,#,{self.BASE}:0:0:0:6,8",
+            f"3,1,*,#,{self.BASE}:0:0:0:6,9", f"4,1,*,#,{self.BASE}:0:0:0:5")]
+        for peer in (b, c):
+            peer.await_events(4)
+            peer.send("retr 4")
+            peer.expect(*seen, "+OK")
         b.ask("quit")
         b.expect("(closed)")
         d = self.connect(daemon)                            # who does not get B's id
         d.send("interface")
-        d.expect(f"0,1,{self.BASE}:0:4:0:0,{BUS}|Started *",
+        d.expect(f"0,2,{self.BASE}:0:0:0:0,{BUS}|Started *",
                  *("{0},4,{1}:0:{0}:0:0,{2}:{3}|Started *".format(
                      number, self.BASE, *peer.sock.getsockname())
                    for number, peer in ((1, a), (3, c), (4, d))), "+OK")
@@ -1451,10 +1482,21 @@ class ClientIdTest(OwnDaemonTestCase):
         daemon = self.start("-g", f"{self.BASE}:5:6:7:8")
         a, b = self.connect(daemon), self.connect(daemon)
         a.send("chid", "send 96,20,1,0,,0,::9", "interface")
-        a.expect("0", "+OK", "+OK", f"0,1,{self.BASE}:5:6:7:8,{BUS}|Started *", "+OK")
+        a.expect("0", "+OK", "+OK", f"0,2,{self.BASE}:5:6:7:8,{BUS}|Started *", "+OK")
         b.await_events(1)
         b.send("retr")
         b.expect(f"96,20,1,0,*,#,{self.BASE}:5:6:7:9", "+OK")
+
+    def test_ns_timestamps(self) -> None:
+        daemon = self.start("--ns-timestamps")
+        a, b = self.connect(daemon), self.connect(daemon)
+        before = time.time_ns()
+        a.ask("send 96,20,3,0,,0,::5,1")
+        b.await_events(1)
+        line = b.ask("retr")[0]
+        match = re.fullmatch(r"352,20,3,0,,(\d+),(0:){15}5,1", line)
+        assert match, line
+        self.assertTrue(before <= int(match[1]) <= time.time_ns(), line)
 
     def test_id_after_65535(self) -> None:
         daemon = self.inside("-g", self.BASE)
@@ -2149,7 +2191,7 @@ class FramesTest(KernelTestCase):
                 fields = a.heard[-1].split(",")
                 time_us = before + (int(fields[5]) - before & 0xFFFFFFFF)
                 self.assertTrue(before <= time_us <= after, fields)
-                self.assertEqual(fields[4], uvscpd.utc_text(time_us // 1000000))
+                self.assertEqual(fields[4], uvscpd.utc_text(time_us // 1000000) + "Z")
                 before = time_us
         a.expect("-OK - No event(s) available")
         self.assertEqual(a.ask("info"), ['0,0,0,"OK"', "+OK"])
@@ -3307,7 +3349,7 @@ HOSTILE = ["0", "1", "3", "5", "96", "255", "256", "511", "512", "532", "1023", 
            "0x" + "F" * 99, "0b1", "1_0", "1e3", "1.5", "nan", "\u0663", "\xb2", "\xe9" * 9, "",
            " ", "-", "::", "%s%n", "{0}", "'", "$(id)", "\0", "\x1b[2J", "\r",
            "2026-11-21T22:28:59", "x" * 600]
-EVENT_LINE = re.compile(r"\d+,\d+,\d+,0,\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{1,10},"
+EVENT_LINE = re.compile(r"\d+,\d+,\d+,0,\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ,\d{1,10},"
                         r"(0:){15}[0-9A-F]{1,2}(,\d{1,3}){0,8}")
 
 

@@ -354,13 +354,14 @@ def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> tuple[int
     return can_id, number > 511
 
 
-def parse_event(text: str, guid: bytes) -> tuple[int, bytes]:
+def parse_event(text: str, *guids: bytes) -> tuple[int, bytes]:
     """The CAN id (29 bits) and the data (0-8 bytes) of an event that a client sends.
 
     obid, datetime and timestamp are not looked at: CAN carries none of them. A
-    class from 512 on is a Level I event mirrored as Level II: the first 16 data
-    bytes are the GUID of the interface that it is meant for, bytes 0-13 of which
-    must be those of `guid`, the client's. Raises VscpError when they are not, or
+    comma at the end is no data byte: VSCP's Arduino client ends events without
+    data so. A class from 512 on is a Level I event mirrored as Level II: the first
+    16 data bytes are the GUID of the interface that it is meant for, bytes 0-13 of
+    which must be those of one of `guids`. Raises VscpError when they are not, or
     when a field is missing, malformed or out of range.
 
     >>> can_id, data = parse_event("96,20,3,0,,0,-,0,1,0x23", GUID_ZERO)
@@ -370,6 +371,8 @@ def parse_event(text: str, guid: bytes) -> tuple[int, bytes]:
     fields = text.split(",")
     if len(fields) < 7:
         raise VscpError("an event is head,class,type,obid,datetime,timestamp,GUID,data...")
+    if not fields[-1] and len(fields) > 7:
+        del fields[-1]
     can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
     try:
         data = bytes([BYTE_VALUE[field] for field in fields[7:]])
@@ -378,7 +381,7 @@ def parse_event(text: str, guid: bytes) -> tuple[int, bytes]:
     if mirrored:
         if len(data) < 16:
             raise VscpError("class 512-1023 needs the interface's GUID in 16 data bytes")
-        if data[:14] != guid[:14]:
+        if data[:14] not in [guid[:14] for guid in guids]:
             raise VscpError("no interface with this GUID here")
         data = data[16:]
     if len(data) > 8:
@@ -387,9 +390,9 @@ def parse_event(text: str, guid: bytes) -> tuple[int, bytes]:
 
 
 @lru_cache(maxsize=4096)
-def id_text(can_id: int) -> tuple[str, str]:
-    """What a CAN id alone says: `head,class,type,` and `:nickname`."""
-    head = can_id >> 21 & 0xF0
+def id_text(can_id: int, head_bits: int = 0) -> tuple[str, str]:
+    """What a CAN id alone says: `head,class,type,` and `:nickname`; more bits for the head."""
+    head = can_id >> 21 & 0xF0 | head_bits
     return f"{head},{can_id >> 16 & 0x1FF},{can_id >> 8 & 0xFF},", f":{can_id & 0xFF:X}"
 
 
@@ -399,20 +402,33 @@ def utc_text(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-def format_events(frames: Iterable[Frame], guid: str) -> list[str]:
+def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> list[str]:
     """The event line of each frame; `guid` is the text of a GUID's first 15 bytes.
+
+    The date ends in Z, without which node-vscp-tcp takes it for local time. The
+    timestamp is the lower 32 bits of microseconds since 1970. With `in_ns` lines
+    are as the VSCP project's programs write them since 2026: bit 8 of the head
+    set, no date, 64 bits of nanoseconds.
 
     >>> frame = (0x0C140305, bytes([0, 1, 35]), 1795390139, 810025000, None)
     >>> format_events([frame], format_guid(bytes(15)))
-    ['96,20,3,0,2026-11-22T23:28:59,3615768809,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
+    ['96,20,3,0,2026-11-22T23:28:59Z,3615768809,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
+    >>> format_events([frame], format_guid(bytes(15)), in_ns=True)
+    ['352,20,3,0,,1795390139810025000,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
     """
     lines = []
     for can_id, data, seconds, nanoseconds, sender in frames:
-        before, nickname = id_text(can_id)
-        timestamp_us = seconds * 1000000 + nanoseconds // 1000 & 0xFFFFFFFF
-        lines.append(f"{before}{sender.channel_id if sender else 0},{utc_text(seconds)},"
-                     f"{timestamp_us},{guid}{nickname}"
-                     f"{''.join([BYTE_TEXT[byte] for byte in data])}\r\n")
+        obid = sender.channel_id if sender else 0
+        text = "".join([BYTE_TEXT[byte] for byte in data])
+        if in_ns:
+            before, nickname = id_text(can_id, 0x100)
+            timestamp = seconds * 1000000000 + nanoseconds
+            lines.append(f"{before}{obid},,{timestamp},{guid}{nickname}{text}\r\n")
+        else:
+            before, nickname = id_text(can_id)
+            timestamp = seconds * 1000000 + nanoseconds // 1000 & 0xFFFFFFFF
+            lines.append(f"{before}{obid},{utc_text(seconds)}Z,{timestamp},{guid}{nickname}"
+                         f"{text}\r\n")
     return lines
 
 
@@ -426,7 +442,7 @@ if TYPE_CHECKING:
     # A filter or a mask as a client gives it: priority (0-255), class and type (0-0xFFFF),
     # and the 16 bytes of a GUID.
     Filter = tuple[int, int, int, bytes]
-    # What decides how a client sees a frame: the first 15 bytes of its GUID, as text, and
+    # What decides how a client sees a frame: the first 15 bytes of the GUID, as text, and
     # the value and the mask of the comparison. Clients with equal views get equal lines.
     View = tuple[str, int, int]
 
@@ -451,9 +467,9 @@ def parse_filter(text: str, what: str) -> Filter:
 
 
 def make_view(wanted: Filter, mask: Filter, guid: bytes) -> View:
-    """The view of a client with this filter, mask and GUID.
+    """The view of a client with this filter and mask, to which events show this GUID.
 
-    The GUID compared is the event's as the client sees it: its own with the
+    The GUID compared is the event's as the client sees it: this one with the
     nickname as the last byte. A filter class of 512-1023 means the Level I class
     512 lower, as events from CAN have no other. What no frame can match (class
     mask 0xFFFF and filter 2000, say) becomes mask 0, value 1: nothing passes.
@@ -956,7 +972,7 @@ class Client:
         self.guid = client_guid(daemon.options.guid, channel_id)
         self.started = utc_text(int(time.time()))
         self.filter = self.mask = FILTER_ALL
-        self.view = make_view(self.filter, self.mask, self.guid)
+        self.view = make_view(self.filter, self.mask, self.interface_guid())
         # What it may do
         self.proved: set[str] = set()           # of "user" and "password", what was right
         self.failures = 0                       # how often it was not
@@ -1170,8 +1186,13 @@ class Client:
     def set_view(self) -> None:
         """Make a changed GUID, filter or mask count from the next event on."""
         self.daemon.drain()                 # what the kernel holds still counts by the old filter
-        self.view = make_view(self.filter, self.mask, self.guid)
+        self.view = make_view(self.filter, self.mask, self.interface_guid())
         self.daemon.set_views()
+
+    def interface_guid(self) -> bytes:
+        """The CAN interface's GUID: with ids one for all clients, without them the client's."""
+        base: bytes = self.daemon.options.guid
+        return base + bytes(4) if len(base) == 12 else self.guid
 
     # --- the end ---
 
@@ -1275,8 +1296,11 @@ def run_command(client: Client, line: str) -> str:
         row = find_command(name)
         if client.privilege() < row.privilege:
             raise VscpError("Need to log in to perform this command.")
+        if len(arguments) > row.most and "," in row.usage:      # people type spaces behind commas
+            arguments = re.sub(", +", ",", " ".join(arguments)).split()
         if not row.least <= len(arguments) <= row.most:
-            raise VscpError("wrong number of arguments")
+            raise VscpError("wrong number of arguments"
+                            + f", expected {row.usage}" * ("," in row.usage))
         reply: str = row.handler(client, *arguments)
         return reply
     except BusFull:
@@ -1335,7 +1359,7 @@ def log_in(client: Client, what: str, given: str, missing: str) -> str:
     return ""
 
 
-@command("help", 0, "[COMMAND]", "this list, or one line of it")
+@command("help ?", 0, "[COMMAND]", "this list, or one line of it")
 def do_help(_client: Client, name: str = "") -> str:
     rows = [find_command(name)] if name else dict.fromkeys(COMMANDS.values())
     return ok(*(row.help() for row in rows))
@@ -1351,7 +1375,7 @@ def do_wcyd(client: Client) -> str:
     return ok("-".join(f"{byte:02X}" for byte in client.daemon.capabilities.to_bytes(8, "big")))
 
 
-@command("interface", 0, "[list]", "list the interfaces")
+@command("interface client", 0, "[list]", "list the interfaces")
 def do_interface(client: Client, action: str = "list", *more: str) -> str:
     if action.lower() in ("close", "unique", "normal"):
         raise VscpError(ONLY_FULL_DAEMON)
@@ -1405,12 +1429,15 @@ def do_ggid(client: Client) -> str:
 
 # --- privilege 2 ---
 
-@command("retr retrieve", 2, "[N]", "up to N buffered events, or one")
+@command("retr retrieve", 2, "[N]", "up to N buffered events, or one; all if N is negative")
 def do_retr(client: Client, count: str = "1") -> str:
-    wanted = parse_number(count, sys.maxsize, "number of events")
+    everything = bool(re.fullmatch("-[0-9]+", count))
+    wanted = 0 if everything else parse_number(count, sys.maxsize, "number of events")
     if client.stream_at < NEVER:
         return ok()
     client.daemon.drain()
+    if everything:
+        wanted = len(client.fifo)
     lines = [client.fifo.popleft() for _ in range(min(wanted, len(client.fifo)))]
     final = ok() if len(lines) == wanted else refusal("No event(s) available")
     return "".join(lines) + final
@@ -1433,9 +1460,9 @@ def do_quitloop(client: Client) -> str:
 
 # --- privilege 4 and 6 ---
 
-@command("send", 4, "EVENT", "send head,class,type,obid,datetime,timestamp,GUID,data...")
+@command("send", 4, "head,class,type,obid,datetime,timestamp,GUID,data...", "send an event")
 def do_send(client: Client, text: str) -> str:
-    can_id, data = parse_event(text, client.guid)
+    can_id, data = parse_event(text, client.guid, client.interface_guid())
     client.daemon.send(client, can_id, data)
     client.tx_frames += 1
     client.tx_bytes += 4 + len(data)
@@ -1449,14 +1476,16 @@ def do_sgid(client: Client, text: str) -> str:
     return ok()
 
 
-@command("smsk setmask", 6, "MASK", "set priority,class,type,GUID")
+@command("smsk setmask", 6, "priority,class,type,GUID",
+         "set the mask: the bits in which an event must be like the filter")
 def do_smsk(client: Client, text: str) -> str:
     client.mask = parse_filter(text, "mask")
     client.set_view()
     return ok()
 
 
-@command("sflt setfilter", 6, "FILTER", "set priority,class,type,GUID")
+@command("sflt setfilter", 6, "priority,class,type,GUID",
+         "set the filter: what an event must be like in the bits of the mask")
 def do_sflt(client: Client, text: str) -> str:
     client.filter = parse_filter(text, "filter")
     client.set_view()
@@ -1470,8 +1499,8 @@ def do_restart(_client: Client, *_arguments: str) -> str:
     raise VscpError("uvscpd is not capable of restart/shutdown")
 
 
-@command("challenge measurement driver file udp remote var variable dm table test", 0, "...",
-         "only in the full VSCP daemon")
+@command("challenge measurement driver file udp remote var variable dm table test binary",
+         0, "...", "only in the full VSCP daemon")
 def do_unsupported(_client: Client, *_arguments: str) -> str:
     raise VscpError(ONLY_FULL_DAEMON)
 
@@ -1514,7 +1543,7 @@ def watchdog_period() -> float:
 class Daemon:
     """Everything that runs: the bus, the listening socket, the clients."""
 
-    channel_id = 0                  # of what the daemon itself sends
+    name, channel_id = "uvscpd", 0      # of what the daemon itself sends
 
     def __init__(self, options: argparse.Namespace, listener: socket.socket) -> None:
         self.options = options
@@ -1699,7 +1728,7 @@ class Daemon:
                 seen = [frame for frame in frames if frame[0] & mask == value]
             if not seen:
                 continue
-            lines = format_events(seen, guid)
+            lines = format_events(seen, guid, self.options.ns_timestamps)
             block = "".join(lines).encode("ascii")
             for client in clients:
                 if client in senders:
@@ -1711,7 +1740,7 @@ class Daemon:
     def describe(self, frame: Frame) -> str:
         """A frame for a person to read."""
         can_id, data, _, _, sender = frame
-        name = sender.name if isinstance(sender, Client) else self.bus.name
+        name = sender.name if sender else self.bus.name
         return (f"{name} * class {can_id >> 16 & 0x1FF} "
                 f"type {can_id >> 8 & 0xFF} nickname {can_id & 0xFF} "
                 f"data {' '.join([f'{byte:02X}' for byte in data])}")
@@ -1917,8 +1946,12 @@ class Daemon:
         return self.last_id
 
     def interfaces(self, client: Client) -> list[str]:
-        """The lines of INTERFACE LIST: number, type, GUID and name; with ids, each client, too."""
-        lines = [f"0,1,{format_guid(client.guid)},{self.bus.name}|Started {self.started}"]
+        """The lines of INTERFACE LIST: number, type, GUID, name; with ids, each client, too.
+
+        The types are the VSCP daemon's: 2 for a Level I driver, 4 for a TCP client.
+        """
+        lines = [f"0,2,{format_guid(client.interface_guid())},"
+                 f"{self.bus.name}|Started {self.started}"]
         for each in sorted(self.clients, key=lambda each: each.channel_id):
             if each.channel_id:
                 lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
@@ -2099,6 +2132,9 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
     add("-g", "--guid", metavar="GUID", type=guid_argument, default=GUID_ZERO,
         help="GUID of every client, 16 bytes (default all zeros); 12 bytes, mac or ip: "
              "each client has an id and a GUID of its own")
+    add("--ns-timestamps", action="store_true",
+        help="event lines without date, timestamp in nanoseconds since 1970, "
+             "for the VSCP project's programs of 2026 and later")
     add("--answer-probes", action="store_true", help="answer nodes that look for a server")
     add("--buffer", metavar="N", type=number_from(1, 1000000), default=1000,
         help="events buffered for each client (default %(default)s)")

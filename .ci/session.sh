@@ -77,7 +77,7 @@ event_of() {  # (SECONDS.MICROSECONDS) INTERFACE FRAME: appends its event line t
     local time=${1//[(.)]/} id data head=
     [[ $3 =~ ^([0-9A-F]{8})#(([0-9A-F]{2})*)$ ]] || return 0
     id=0x${BASH_REMATCH[1]} data=${BASH_REMATCH[2]}
-    printf -v head '%d,%d,%d,0,%(%Y-%m-%dT%H:%M:%S)T,%d,%s:%X' $((id >> 21 & 0xF0)) $((id >> 16 & 0x1FF)) \
+    printf -v head '%d,%d,%d,0,%(%Y-%m-%dT%H:%M:%S)TZ,%d,%s:%X' $((id >> 21 & 0xF0)) $((id >> 16 & 0x1FF)) \
         $((id >> 8 & 0xFF)) $((time / 1000000)) $((time & 0xFFFFFFFF)) "$zeros" $((id & 0xFF))
     while [ -n "$data" ]; do
         head+=,$((0x${data:0:2}))
@@ -150,7 +150,7 @@ buffered() {  # CLIENT: the array events is buffered for it, and nothing else
 
 events_are() {  # EVENT...: with DATE and TIME in place of its own, these are the array events, up to the mark
     same "events" "$(lines "$@")" "$(lines "${events[@]:0:${#events[@]}-1}" |
-        sed -E 's/,[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2},[0-9]+,/,DATE,TIME,/')"
+        sed -E 's/,[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z,[0-9]+,/,DATE,TIME,/')"
 }
 
 
