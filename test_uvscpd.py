@@ -23,8 +23,9 @@ Most tests of the protocol are transcripts of what clients A, B ... send and get
 
 `*` stands for a date and time, `#` for a timestamp, `*,#` for both as in an event,
 `...` for any text, `::5` for a GUID that ends with 5 after zeros, `$` for a line's
-end with a space before it, and `(closed)` for the end of the connection. What one client sends without a blank line
-between goes in one packet. Each transcript is run in four ways (DaemonTestCase.play).
+end with a space before it, and `(closed)` for the end of the connection. What one
+client sends without a blank line between goes in one packet. Each transcript is run
+in four ways (DaemonTestCase.play).
 
 The sections are those of uvscpd.py, in its order. What changes the whole machine,
 its clock for one, runs only under .ci/kernel.
@@ -42,6 +43,7 @@ import contextlib
 import doctest
 import errno
 import fcntl
+import hashlib
 import io
 import itertools
 import os
@@ -544,7 +546,7 @@ class OwnDaemonTestCase(unittest.TestCase):
             with self.assertRaises(SystemExit) as ending:
                 uvscpd.parse_arguments([argument])
             self.assertEqual(ending.exception.code, 2)
-            self.assertRegex(stderr.getvalue(), rf"\Auvscpd\.py: .*{option}.+\n\Z")
+            self.assertRegex(stderr.getvalue(), rf"\Auvscpd\.py: .*{option}.*\n\Z")
 
 
 # =============================================================================
@@ -1079,12 +1081,17 @@ class LoginTest(DaemonTestCase):
         > USER $            | -OK - please supply username
         > pass              | -OK - please supply password
         > pass $            | -OK - please supply password
+        > pass secRet       | -OK - please give the user name first
     test_USER_alone
         > user Admin ; chid | -OK - Need to log in to perform this command.
-    test_PASS_wrong
-        > user Admin ; pass secret | -OK - invalid password
+    test_USER_PASS_wrong
+        > user Admin ; pass secret | -OK - invalid username or password
         > chid              | -OK - Need to log in to perform this command.
+        > user admin ; pass secRet | -OK - invalid username or password
         > User Admin ; Pass secRet ; chid | 0 | +OK
+    test_PASS_again_after_a_wrong_one
+        > user Admin ; pass x | -OK - invalid username or password
+        > pass secRet ; chid | 0 | +OK
     """
 
     def test_commands_before_login(self) -> None:
@@ -1097,6 +1104,7 @@ class LoginTest(DaemonTestCase):
 
 NOT_ALLOWED = "-OK - Need to log in to perform this command."
 ALLOWED = "-OK - uvscpd is not capable of restart/shutdown"     # RESTART with privilege 15
+WRONG = "-OK - invalid username or password"
 
 
 class GuestTest(DaemonTestCase):
@@ -1114,14 +1122,12 @@ class GuestTest(DaemonTestCase):
         A> cdta                 | 0 $ | +OK
     """
 
-    def test_wrong_USER_or_PASS_logs_out(self) -> None:
-        for wrong, reply in (("user admin", "-OK - invalid user"),
-                             ("pass secret", "-OK - invalid password")):
-            peer = self.connect()
-            peer.send("user Admin", "pass secRet", "restart", wrong, "restart",
-                      "user Admin", "restart", "pass secRet", "restart")
-            peer.expect("+OK", "+OK", ALLOWED, reply, NOT_ALLOWED,
-                        "+OK", NOT_ALLOWED, "+OK", ALLOWED)
+    def test_another_USER_or_a_wrong_PASS_logs_out(self) -> None:
+        peer = self.connect()
+        peer.send("user Admin", "pass secRet", "restart", "user admin", "restart",
+                  "user Admin", "restart", "pass secRet", "restart", "pass secret", "restart")
+        peer.expect("+OK", "+OK", ALLOWED, "+OK", NOT_ALLOWED, "+OK", NOT_ALLOWED, "+OK", ALLOWED,
+                    WRONG, NOT_ALLOWED)
 
 
 class AccessTest(OwnDaemonTestCase):
@@ -1136,30 +1142,160 @@ class AccessTest(OwnDaemonTestCase):
 
     def test_only_USER_configured(self) -> None:
         peer = self.connect(self.start("-U", "Admin", "--guest", "0"))
-        peer.send("restart", "pass x", "restart", "user Admin", "restart")
-        peer.expect(NOT_ALLOWED, "+OK - no password configured", NOT_ALLOWED, "+OK", ALLOWED)
+        peer.send("restart", "pass x", "restart", "user admin", "restart", "user Admin", "restart")
+        peer.expect(NOT_ALLOWED, "+OK - no password configured", NOT_ALLOWED, WRONG, NOT_ALLOWED,
+                    "+OK", ALLOWED)
+
+    def test_only_PASS_configured(self) -> None:
+        peer = self.connect(self.start("-P", "secRet", "--guest", "0"))
+        peer.send("user anybody", "pass secret", "restart", "pass secRet", "restart")
+        peer.expect("+OK - no user configured", WRONG, NOT_ALLOWED, "+OK", ALLOWED)
 
     def test_wrong_logins_are_slow_and_five_are_enough(self) -> None:
-        daemon = self.start("-U", "Admin", "-P", "secRet", "--guest", "0")
-        a, b = self.connect(daemon), self.connect(daemon)
+        daemon = self.start("-U", "Admin", "-P", "secRet", "--guest", "0", ip="")
+        a, b = self.connect(daemon), self.connect(daemon, "127.0.0.2")
         begin = time.monotonic()
-        wrong = ["user admin", "pass hunter1", "user root", "pass hunter2", "pass hunter3"]
-        a.send(*wrong, "user Admin")
-        b.send("user Admin", "pass secRet", "chid")         # is served meanwhile
+        names = ["Admin", "admin", "root", "hass", "Admin"]
+        a.send(*(line for number, name in enumerate(names)
+                 for line in (f"user {name}", f"pass hunter{number}")), "user Admin")
+        b.send("user Admin", "pass secRet", "chid")     # another address is served meanwhile
         b.expect("+OK", "+OK", "0", "+OK")
         with contextlib.suppress(BlockingIOError):
             replies = a.sock.recv(1000, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            self.assertLess(replies.count(b"\n"), 5)
-        for number, line in enumerate(wrong, 1):
-            a.expect("-OK - invalid user" if line.startswith("user") else "-OK - invalid password")
+            self.assertLess(replies.count(b"\n"), 10)
+        for number in range(1, 6):
+            a.expect("+OK", WRONG)
             self.assertGreaterEqual(time.monotonic() - begin, 0.5 * number - 0.01)
-        a.expect("(closed)")
+        a.expect("-OK - too many wrong log-ins", "(closed)")
         names = ["{}:{}".format(*peer.sock.getsockname()) for peer in (a, b)]
         log = daemon.stop()
-        self.assertEqual(log.count(f"{names[0]}: wrong user\n"), 2, log)
-        self.assertEqual(log.count(f"{names[0]}: wrong password\n"), 3, log)
-        self.assertEqual(log.count(f"{names[1]}: logged in\n"), 1, log)
+        self.assertEqual(log.count(f"{names[0]}: invalid username or password\n"), 5, log)
+        self.assertEqual(log.count(f"{names[1]} (Admin): logged in\n"), 1, log)
         self.assertNotRegex(log, "hunter|secRet")
+
+    def test_wrong_logins_are_slow_by_address_not_by_connection(self) -> None:
+        daemon = self.start("-U", "Admin", "-P", "secRet", "--guest", "0", "--max-clients", "99")
+        begin = time.monotonic()
+        with daemon.paused():
+            peers = [Peer(daemon.port) for _ in range(40)]
+            for peer in peers:
+                self.addCleanup(peer.__exit__)
+                peer.send("user Admin", "pass hunter2")
+            for peer in peers[5:]:                      # they do not wait for their answers
+                peer.sock.shutdown(socket.SHUT_RDWR)
+            last = Peer(daemon.port)
+            self.addCleanup(last.__exit__)
+            last.send("user Admin", "pass secRet")
+        for peer in (*peers[:5], last):
+            peer.expect("...", "...", "+OK...", "+OK")
+        for peer in peers[:5]:
+            peer.expect(WRONG)
+        last.expect("+OK")
+        self.assertGreaterEqual(time.monotonic() - begin, 2.5 - 0.01)
+
+    def test_who_does_not_log_in_is_sent_away(self) -> None:
+        for guest, closed in (("0", True), ("1", False)):
+            daemon = self.inside("-U", "Admin", "-P", "secRet", "--guest", guest)
+            client, other_end = self.connected(daemon)
+            client.turn()
+            for seconds in (29, 2):
+                self.assertEqual(client.leave_by, uvscpd.NEVER)
+                daemon.now += seconds
+                client.tick()
+            self.assertEqual(client.leave_by < uvscpd.NEVER, closed)
+            other_end.settimeout(TIMEOUT)
+            heard = other_end.recv(4096).decode().splitlines()
+            self.assertEqual(heard[3:], ["-OK - nobody logged in within 30 s"] if closed else [])
+
+    USERS = """
+# name   password    level hosts
+panel    secret      4     127.0.0.*    # a comment
+hass\tsha256:{}   15     127.0.0.2 ::1
+watcher  look#out    2
+nobody   nothing     0
+    """.format(hashlib.sha256(b"hass:top").hexdigest().upper())
+
+    def users_file(self, text: str) -> str:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        name = os.path.join(directory.name, "users")
+        with open(name, "w", encoding="latin-1") as file:
+            file.write(text)
+        os.chmod(name, 0o600)
+        return name
+
+    def test_users_hosts_and_commands(self) -> None:
+        daemon = self.inside("--users", self.users_file(self.USERS), "-U", "boss", "-P", "b")
+        for name, password, host, level in (
+                ("panel", "secret", "127.0.0.1", 4), ("panel", "secret", "127.0.1.1", 0),
+                ("panel", "Secret", "127.0.0.1", 0), ("hass", "top", "127.0.0.2", 15),
+                ("hass", "top", "::1", 15), ("hass", "top", "127.0.0.1", 0),
+                ("watcher", "look#out", "192.0.2.1", 2), ("watcher", "secret", "192.0.2.1", 0),
+                ("nobody", "nothing", "::1", 0), ("boss", "b", "192.0.2.1", 15),
+                ("boss", "sha256:x", "::1", 0), ("", "secret", "::1", 0)):
+            client, _ = self.connected(daemon)
+            client.host = host
+            daemon.suspects.clear()
+            uvscpd.run_command(client, f"user {name}")
+            uvscpd.run_command(client, f"pass {password}")
+            self.assertEqual(client.privilege(), level, name)
+            for row in ROWS:
+                if row.names[0] not in ("quit", "user", "pass"):
+                    reply = uvscpd.run_command(client, row.names[0] + " x" * row.least)
+                    self.assertEqual(reply == NOT_ALLOWED + "\r\n", level < row.privilege,
+                                     (name, row.names))
+
+    BAD_USERS = (       # the file, the end of the message
+        ("a b\n\nc", "line 3: a user needs a name and a password"),
+        ("a b 16", "line 1: '16' is not a number from 0 to 15"),
+        ("a b x", "line 1: 'x' is not a number from 0 to 15"),
+        ("a b 1 nonsense", "line 1: 'nonsense' is not an address, network or pattern"),
+        ("a b\na c", "line 2: user a is there twice"),
+        ("\xe9 b", "line 1: only printable ASCII characters without spaces"),
+        ("a \0", "line 1: only printable ASCII characters without spaces"),
+        ("a sha256:12", "line 1: sha256: needs 64 hexadecimal digits"),
+    )
+
+    def test_bad_users_file(self) -> None:
+        for text, message in self.BAD_USERS:
+            name = self.users_file(text)
+            self.assert_bad_argument(f"--users={name}", re.escape(f"{name}: {message}"))
+        self.assert_bad_argument("--users=/nonexistent", "No such file")
+
+    def test_users_file_with_U_and_P(self) -> None:
+        name = self.users_file("a b")
+        for more, word in ((["-U", "x"], "-U and -P"), (["-P", "x"], "-U and -P"),
+                           (["-U", "a", "-P", "x"], "user a is in")):
+            result = run(PROGRAM, "--users", name, *more)
+            self.assertEqual((result.returncode, result.stdout), (2, ""))
+            self.assertRegex(result.stderr, rf"\Auvscpd\.py: .*{word}.*\n\Z")
+
+    def test_who_may_what_is_logged(self) -> None:
+        everything = "clients may do everything without logging in"
+        for arguments, text, mode, message in (
+                (["-U", "a", "-P", "b"], "", 0, everything),
+                (["-U", "a", "-P", "b", "--guest", "0"], "", 0, ""),
+                (["--users"], "a b", 0o600, ""),
+                (["--users"], "a b", 0o640, "others can read "),
+                (["--users"], "# nobody", 0o600, "nobody can log in"),
+                (["--guest", "3"], "", 0, "nobody can log in"), ([], "", 0, "")):
+            with self.subTest(arguments, text=text, mode=mode):
+                if arguments == ["--users"]:
+                    name = self.users_file(text)
+                    os.chmod(name, mode)
+                    arguments = ["--users", name]
+                log = self.start(*arguments).stop().splitlines()
+                self.assertEqual([line[:len(message)] for line in log[1:-1]],
+                                 [message] if message else [], log)
+
+    def test_INTERFACE_tells_addresses_only_to_who_may_know(self) -> None:
+        for guest, count in (("0", 1), ("1", 3)):
+            daemon = self.start("-U", "a", "-P", "b", "--guest", guest, "-g", ClientIdTest.BASE)
+            a, b = self.connect(daemon), self.connect(daemon)
+            self.assertEqual(len(a.ask("interface")), 1 + max(2, count))
+            b.send("user a", "pass b")
+            b.expect("+OK", "+OK")
+            self.assertEqual(len(b.ask("interface")), 4)
 
     def test_password_in_a_file(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
@@ -1777,7 +1913,7 @@ class ArgumentTest(OwnDaemonTestCase):
             daemon = DaemonProcess("@" + name)
         self.addCleanup(daemon.stop)
         with daemon.connect() as peer:
-            self.assertEqual(peer.ask("user admin"), ["-OK - invalid user"])
+            self.assertEqual(peer.ask("user admin"), [WRONG])
             self.assertEqual(peer.ask("user Admin"), ["+OK"])
             self.assertEqual(peer.ask("ggid"), ["1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10", "+OK"])
 

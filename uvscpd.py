@@ -126,9 +126,11 @@ SEND_WAIT_S = 1.0               # a SEND waits until the bus has taken nothing f
 SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
 MOST_UNDER_WAY = 1000           # own frames that have not come back
 MOST_OVERTAKEN = 64             # places by which a controller with several mailboxes mixes them
-LOGGED_IN = 15                  # the privilege of a client that has logged in
-WRONG_LOGIN_S = 0.5             # how long a wrong user or password waits for its answer
+MOST_PRIVILEGED = 15
+WRONG_LOGIN_S = 0.5             # so long a wrong log-in, and who tries again from there, waits
 MOST_WRONG_LOGINS = 5           # then the connection is closed
+MOST_SUSPECTS = 1000            # addresses of wrong log-ins to remember
+LOG_IN_S = 30.0                 # for clients that may do nothing before
 LINGER_S = 5.0                  # to let a last reply arrive before closing
 STOPPING_S = 0.5                # the same when the daemon ends
 MOST_LEAVING = 100              # connections that linger at the same time
@@ -146,6 +148,9 @@ class VscpError(argparse.ArgumentTypeError):
     """
 
 
+TOO_MANY_WRONG = VscpError("too many wrong log-ins")     # the last line of a connection
+
+
 class BusError(VscpError):
     """The bus cannot take the frame; the text says why and what helps."""
 
@@ -159,6 +164,14 @@ class BusFull(BusError):
     def __init__(self, text: str, retry_s: float) -> None:
         super().__init__(text)
         self.retry_s = retry_s
+
+
+class NotYet(Exception):
+    """A command is to be run again at the time `at`."""
+
+    def __init__(self, at: float) -> None:
+        super().__init__()
+        self.at = at
 
 
 LOG_ERR, LOG_WARNING, LOG_INFO, LOG_DEBUG = 3, 4, 6, 7      # priorities of syslog(3)
@@ -964,18 +977,22 @@ def hide_password(line: str) -> str:
 class Client:
     """One TCP connection."""
 
-    def __init__(self, daemon: Daemon, sock: socket.socket, name: str, channel_id: int) -> None:
+    def __init__(self, daemon: Daemon, sock: socket.socket, host: str, port: int,
+                 channel_id: int) -> None:
         self.daemon = daemon
         self.sock = sock
-        self.name = name                        # address and port, for messages
+        self.host = host
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.name = self.address                # for messages, once logged in with the user
         self.channel_id = channel_id
         self.guid = client_guid(daemon.options.guid, channel_id)
         self.started = utc_text(int(time.time()))
         self.filter = self.mask = FILTER_ALL
         self.view = make_view(self.filter, self.mask, self.interface_guid())
         # What it may do
-        self.proved: set[str] = set()           # of "user" and "password", what was right
-        self.failures = 0                       # how often it was not
+        self.user: User | None = None           # logged in
+        self.given_name = ""                    # USER's, for the PASS that follows
+        self.failures = 0                       # how often that was wrong
         # Its events: lines, and what STAT counts
         self.fifo: deque[str] = deque(maxlen=daemon.options.buffer)
         self.lost = 0
@@ -996,6 +1013,7 @@ class Client:
         self.sign_at = NEVER                    # the next sign of life is due
         self.resume_at = 0.0                    # no line runs before; NEVER: it waits for the bus
         self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
+        self.log_in_by = NEVER
         self.look_at = daemon.now + PEER_CHECK_S    # is the peer still there?
 
     # --- what the loop calls ---
@@ -1041,6 +1059,10 @@ class Client:
             if not self.output:
                 self.write(ok())
         self.turn()                 # epoll reports room only when a third of the buffer is free
+        if self.log_in_by <= self.daemon.now:
+            self.write(refusal(f"nobody logged in within {LOG_IN_S:.0f} s"))
+            self.leave()
+            self.turn()
         if self.leave_by <= self.daemon.now:
             self.daemon.drop(self, "")
         if self.look_at <= self.daemon.now and not self.closed:
@@ -1073,9 +1095,12 @@ class Client:
             stream_at = self.stream_at
             try:
                 reply = self.run_line(line)
-            except BusFull as full:
+            except (BusFull, NotYet) as reason:
                 self.lines.appendleft(line)
-                self.daemon.wait_for_room(self, full)
+                if isinstance(reason, BusFull):
+                    self.daemon.wait_for_room(self, reason)
+                else:
+                    self.pause(reason.at)
                 break
             if log.debugging:
                 self.log_exchange(line, reply)
@@ -1089,10 +1114,10 @@ class Client:
             self.leave()
 
     def run_line(self, line: str | VscpError) -> str:
-        """The reply to a line. Raises BusFull if the line has to be run again later."""
+        """The reply to a line. Raises BusFull or NotYet if it has to be run again later."""
         if not isinstance(line, VscpError):
             return run_command(self, line)
-        if self.failures >= MOST_WRONG_LOGINS:
+        if line is TOO_MANY_WRONG:
             self.leave()
         return refusal(line)
 
@@ -1103,16 +1128,44 @@ class Client:
         for text in reply.splitlines():
             log.debug(f"{self.name} < {text}")
 
+    def pause(self, until: float) -> None:
+        """Run no line until then."""
+        self.resume_at = until
+        self.daemon.soon(until)
+
+    # --- who it is ---
+
     def privilege(self) -> int:
         """What this client may do, 0-15, as in the rows of the commands."""
-        options = self.daemon.options
-        return LOGGED_IN if options.logins and self.proved == set(options.logins) else options.guest
+        level: int = self.user.level if self.user else self.daemon.options.guest
+        return level
 
-    def answer_later(self, error: VscpError, delay_s: float) -> None:
-        """Answer the next line, or one more, with an error, and run no line until then."""
+    def log_in(self, user: User | None) -> None:
+        """From now on it is this user, or again nobody, who has half a minute to log in."""
+        self.user = user
+        self.name = f"{self.address} ({user.name})" if user and user.name else self.address
+        self.log_in_by = NEVER if self.privilege() else self.daemon.now + LOG_IN_S
+
+    def has_ended(self) -> bool:
+        """Whether the peer sends no more, even if not all has been read."""
+        try:
+            return self.ended or not self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def on_wrong_log_in(self, error: VscpError) -> None:
+        """Answer slowly; who tries again from that address has to wait, too."""
+        log.warning(f"{self.address}: {error}")
+        self.log_in(None)
+        self.daemon.suspect(self.host)
+        self.failures += 1
+        if self.failures >= MOST_WRONG_LOGINS:
+            self.lines.clear()
+            self.lines.append(TOO_MANY_WRONG)
         self.lines.appendleft(error)
-        self.resume_at = self.daemon.now + delay_s
-        self.daemon.soon(self.resume_at)
+        self.pause(self.daemon.now + WRONG_LOGIN_S)
 
     # --- events and writing ---
 
@@ -1200,7 +1253,7 @@ class Client:
         """Close once the last reply has arrived: closing at once could reset it away."""
         if self.leave_by == NEVER:
             self.leave_by = self.leave_time()
-            self.stream_at = self.sign_at = NEVER
+            self.stream_at = self.sign_at = self.log_in_by = NEVER
             self.lines.clear()
             self.fifo.clear()
             self.daemon.on_leaving(self)
@@ -1331,32 +1384,46 @@ def do_repeat(client: Client) -> str:
 
 @command("user", 0, "[NAME]", "user name, to log in")
 def do_user(client: Client, name: str = "") -> str:
-    return log_in(client, "user", name, "username")
+    options = client.daemon.options
+    if not options.users and not options.lone_user or "" in options.users:
+        return ok(text="no user configured")
+    if not name:
+        raise VscpError("please supply username")
+    client.log_in(None)
+    client.given_name = name
+    return log_in(client, name, "") if options.lone_user else ok()
 
 
 @command("pass", 0, "[PASSWORD]", "password, to log in")
 def do_pass(client: Client, password: str = "") -> str:
-    return log_in(client, "password", password, "password")
+    users = client.daemon.options.users
+    if not users:
+        return ok(text="no password configured")
+    if not password:
+        raise VscpError("please supply password")
+    if not client.given_name and "" not in users:
+        raise VscpError("please give the user name first")
+    return log_in(client, "" if "" in users else client.given_name, password)
 
 
-def log_in(client: Client, what: str, given: str, missing: str) -> str:
-    """Judge a user name or a password; a wrong one is answered slowly."""
-    logins = client.daemon.options.logins
-    if what not in logins:
-        return ok(text=f"no {what} configured")
-    if not given:
-        raise VscpError(f"please supply {missing}")
-    from hmac import compare_digest  # slow to import, and rarely needed
-    if compare_digest(given, logins[what]):
-        client.proved.add(what)
-        if client.proved == set(logins):
-            log.info(f"{client.name}: logged in")
-        return ok()
-    client.proved.clear()
-    client.failures += 1
-    log.warning(f"{client.name}: wrong {what}")
-    client.answer_later(VscpError(f"invalid {what}"), WRONG_LOGIN_S)
-    return ""
+def log_in(client: Client, name: str, password: str) -> str:
+    """Judge name, password and address at once; wrong ones are answered slowly.
+
+    Raises NotYet as long as a wrong log-in from the same address makes it wait.
+    """
+    options = client.daemon.options
+    wait_until = client.daemon.suspects.get(client.host, 0.0)
+    if wait_until > client.daemon.now:
+        if client.has_ended():          # or guesses would make others wait whose peer is gone
+            raise VscpError("a wrong log-in came from this address just before, try again")
+        raise NotYet(wait_until)
+    user = find_user(options.lone_user or options.users, name, password, client.host)
+    if user is None:
+        client.on_wrong_log_in(VscpError("invalid username or password"))
+        return ""
+    client.log_in(user)
+    log.info(f"{client.name}: logged in")
+    return ok()
 
 
 @command("help ?", 0, "[COMMAND]", "this list, or one line of it")
@@ -1556,6 +1623,7 @@ class Daemon:
         self.leaving: set[Client] = set()       # told to go, not counted any more
         self.views: dict[View, list[Client]] = {}
         self.waiting: deque[Client] = deque()   # their next line is a SEND; the head's turn it is
+        self.suspects: dict[str, float] = {}    # until when addresses may not log in
         self.last_id = 0
         self.status = ""                        # what systemd was told
         # Times; a clock is slow to read, so a turn reads it twice
@@ -1846,13 +1914,12 @@ class Daemon:
             self.on_accept_error(error)
             return
         host = plain_address(address[0])
-        name = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
         try:
             sock.setblocking(False)
             self.drain()            # what came before is not for this client
-            client = Client(self, sock, name, self.next_channel_id())
+            client = Client(self, sock, host, address[1], self.next_channel_id())
         except OSError as error:
-            log.debug(f"{name}: {error.strerror}")
+            log.debug(f"{host}: {error.strerror}")
             sock.close()
             return
         if self.options.allow and not any(matches(host) for matches in self.options.allow):
@@ -1881,6 +1948,7 @@ class Daemon:
     def greet(self, client: Client) -> None:
         """Say who we are, and let the client in."""
         log.info(f"{client.name}: connected")
+        client.log_in(None)
         self.clients.add(client)
         self.set_views()
         state = self.bus.state
@@ -1935,6 +2003,12 @@ class Daemon:
             self.clients.remove(client)
             self.set_views()
 
+    def suspect(self, host: str) -> None:
+        """No log-in from this address for half a second, over however many connections."""
+        self.suspects = {each: until for each, until in self.suspects.items() if until > self.now}
+        if len(self.suspects) < MOST_SUSPECTS:
+            self.suspects[host] = self.now + WRONG_LOGIN_S
+
     def next_channel_id(self) -> int:
         """A channel id that no client has, as long unused as possible; 0 without ids."""
         if len(self.options.guid) == 16:
@@ -1952,10 +2026,11 @@ class Daemon:
         """
         lines = [f"0,2,{format_guid(client.interface_guid())},"
                  f"{self.bus.name}|Started {self.started}"]
+        known = client.user or self.options.guest > 0       # else it learns no addresses
         for each in sorted(self.clients, key=lambda each: each.channel_id):
-            if each.channel_id:
+            if each.channel_id and (known or each is client):
                 lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
-                             f"{each.name}|Started {each.started}")
+                             f"{each.address}|Started {each.started}")
         return lines
 
 
@@ -2111,6 +2186,92 @@ def pattern_argument(text: str) -> Callable[[str], bool]:
     return lambda host: ipaddress.ip_address(host) in network
 
 
+class User:
+    """Who may log in, from where, and what for."""
+
+    def __init__(self, name: str, digest: bytes, level: int = MOST_PRIVILEGED,
+                 hosts: Iterable[Callable[[str], bool]] = ()) -> None:
+        self.name = name
+        self.digest = digest            # SHA-256 of NAME:PASSWORD
+        self.level = level
+        self.hosts = list(hosts)        # patterns of addresses; none: any address
+
+
+def password_digest(name: str, password: str) -> bytes:
+    """The SHA-256 of NAME:PASSWORD; a password `sha256:HEX` is that itself.
+
+    >>> password_digest("panel", "secret").hex()[:8]
+    'e554505b'
+    """
+    from hashlib import sha256  # as late as this: few need it, and it takes long
+    if password.startswith("sha256:"):
+        if not re.fullmatch("[0-9a-fA-F]{64}", password[7:]):
+            raise VscpError("sha256: needs 64 hexadecimal digits")
+        return bytes.fromhex(password[7:])
+    return sha256(f"{name}:{password}".encode("ascii")).digest()
+
+
+def find_user(users: dict[str, User], name: str, password: str, host: str) -> User | None:
+    """The user, if name, password and address are right; a wrong name takes as long."""
+    from hashlib import sha256
+    from hmac import compare_digest
+    user = users.get(name)
+    digest = sha256(f"{name}:{password}".encode("ascii")).digest()
+    right = compare_digest(digest, user.digest if user else bytes(32))
+    if user and right and (not user.hosts or any(matches(host) for matches in user.hosts)):
+        return user
+    return None
+
+
+def read_users(path: str) -> dict[str, User]:
+    """The users in a file: NAME PASSWORD [LEVEL [HOST...]], a line each; `#` starts a comment."""
+    users: dict[str, User] = {}
+    try:
+        with open(path, encoding="latin-1") as file:
+            lines = file.read().split("\n")
+    except (OSError, ValueError) as error:
+        raise VscpError(getattr(error, "strerror", error)) from None
+    for number, line in enumerate(lines, 1):
+        words = re.split(r"(?:^|\s)#", line)[0].split()
+        try:
+            if len(words) == 1:
+                raise VscpError("a user needs a name and a password")
+            if words:
+                name, password = map(login_argument, words[:2])
+                if name in users:
+                    raise VscpError(f"user {name} is there twice")
+                level = number_from(0, MOST_PRIVILEGED)(words[2]) if words[2:] else MOST_PRIVILEGED
+                users[name] = User(name, password_digest(name, password), level,
+                                   map(pattern_argument, words[3:]))
+        except VscpError as error:
+            raise VscpError(f"line {number}: {error}") from None
+    return users
+
+
+def options_of_users(options: argparse.Namespace) -> None:
+    """Make users of --users, -U and -P; raises VscpError when they do not fit."""
+    path, name, password = options.users, options.user, options.password
+    options.users_file = path
+    options.users = {}              # by name; "" is -P without -U, when any name will do
+    options.lone_user = {}          # -U without -P, when the name is enough
+    if options.guest is None:
+        options.guest = MOST_PRIVILEGED if path is None else 0
+    if path is not None:
+        try:
+            options.users = read_users(path)
+        except VscpError as error:
+            raise VscpError(f"--users {path}: {error}") from None
+        if (name is None) != (password is None):
+            raise VscpError("with --users, -U and -P go together")
+        if name in options.users:
+            raise VscpError(f"user {name} is in {path}, too")
+    if password is not None:
+        user = User(name or "", password_digest(name or "", password))
+        options.users[user.name] = user
+    elif name is not None:
+        options.lone_user[name] = User(name, password_digest(name, ""))
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="uvscpd.py", fromfile_prefix_chars="@",
@@ -2148,10 +2309,12 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
         help="clients at the same time (default %(default)s)")
 
     add = parser.add_argument_group("access").add_argument
-    add("-U", "--user", metavar="NAME", type=login_argument, help="user name")
-    add("-P", "--password", metavar="PASSWORD", type=login_argument, help="password")
-    add("--guest", metavar="LEVEL", type=number_from(0, 15), default=15,
-        help="privilege of clients that have not logged in, 0-15 (default %(default)s)")
+    add("--users", metavar="FILE",
+        help="users, one a line: NAME PASSWORD [LEVEL [HOST...]]")
+    add("-U", "--user", metavar="NAME", type=login_argument, help="name of one more user")
+    add("-P", "--password", metavar="PASSWORD", type=login_argument, help="its password")
+    add("--guest", metavar="LEVEL", type=number_from(0, MOST_PRIVILEGED),
+        help="privilege of clients that have not logged in, 0-15 (default 15, with --users 0)")
     add("--allow", metavar="PATTERN", type=pattern_argument, action="append", default=[],
         help="addresses that may connect, may be repeated: 192.168.1.8, 192.168.1.* or "
              "192.168.1.0/24 (default: all)")
@@ -2168,8 +2331,10 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
         options = parser.parse_args(arguments)
     except (ValueError, RecursionError) as error:
         parser.error(f"bad argument file: {error}")
-    logins = {"user": options.user, "password": options.password}
-    options.logins = {what: value for what, value in logins.items() if value}
+    try:
+        options_of_users(options)
+    except VscpError as error:
+        parser.error(str(error))
     return options
 
 
@@ -2270,6 +2435,20 @@ def remove_pidfile(name: str) -> None:
         log.warning(f"cannot remove {name}: {error.strerror}")
 
 
+def tell_who_may_what(options: argparse.Namespace, host: str) -> None:
+    """Log what somebody may not be aware of about access."""
+    users = options.users or options.lone_user
+    if options.users_file and os.stat(options.users_file).st_mode & 0o077:
+        log.warning(f"others can read {options.users_file}, try: chmod 600 {options.users_file}")
+    if users and options.guest == MOST_PRIVILEGED:
+        log.warning("clients may do everything without logging in; "
+                    "--guest 0 makes them log in first")
+    elif not users and options.guest < MOST_PRIVILEGED:
+        log.warning("nobody can log in: there is no user (--users)")
+    elif not users and host in ("::", "0.0.0.0") and not options.allow:
+        log.info("every host that reaches this one may use the bus (see --allow, --users, --ip)")
+
+
 def serve(options: argparse.Namespace) -> int:
     """Listen, detach unless told to stay, serve; returns the exit status."""
     # Nothing of ours may get the number of a standard file that was closed before we began.
@@ -2283,7 +2462,7 @@ def serve(options: argparse.Namespace) -> int:
     except OSError as error:
         log.error(f"uvscpd.py: cannot listen on port {options.port}: {error.strerror}")
         return 1
-    if options.logins:
+    if options.users or options.lone_user:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
     child_end = None if options.stay else detach()
     daemon = Daemon(options, listener)
@@ -2304,6 +2483,7 @@ def serve(options: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         log.info(f"uvscpd.py {__version__}: listening on {host} port {port}, "
                  f"bus {options.canbus}")
+        tell_who_may_what(options, host)
         daemon.run()
         log.info("stopped")
     finally:
