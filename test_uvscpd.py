@@ -44,6 +44,7 @@ import doctest
 import errno
 import fcntl
 import hashlib
+import inspect
 import io
 import itertools
 import os
@@ -65,7 +66,7 @@ import tty
 import unittest
 from calendar import timegm
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 from unittest import mock
 
 import uvscpd
@@ -3696,24 +3697,66 @@ def run_soak(seconds: float, interface: str = "", report_s: float = 2.0) -> int:
 # 19. Benchmark
 # =============================================================================
 # `python3 test_uvscpd.py bench [IFACE [SECONDS]]` measures the daemon beside a
-# floor: a relay that reads a frame with the kernel's time of it, formats the line
-# and writes it to every client, woken for each frame, and does nothing else. Both
-# get the same frames and make the same lines of them in the same run, so the ratios
-# hold on a slow or noisy machine, too.
+# floor: a relay that reads frames with the kernel's time of them until the bus is
+# empty, makes the lines from cached parts and writes once to each client. It is
+# woken for each frame and knows no commands. SECONDS is how long each load lasts (5).
 #
-# Floor and sender are processes of their own: this file, called with `floor` or
-# `sender`. Without an interface the daemon has the virtual bus and a client that
-# sends; the floor gets its frames as datagrams.
+# On a usual machine compare the ratios. These figures repeat within 1 %, whatever
+# else the machine does, and are compared with what is wanted (about 5 minutes):
+#
+#     KERNEL_STOPWATCH=1 .ci/kernel /usr/bin/python3 test_uvscpd.py bench vcan0
+#
+# Floor, sender and node are processes that load one function below and nothing else
+# of this file. As the stopwatch wants it, everything is loaded before it is measured,
+# and nothing has a time limit: if a frame is lost that somebody waits for, it hangs.
+# Without IFACE the daemon has the virtual bus and a client that sends, the floor
+# gets its frames as datagrams, and nobody answers questions.
 
+PYTHON = (sys.executable, "-s", "-S")       # without what this machine's site-packages load
 COLONS = 17                     # in an event line: 15 in the GUID, 2 in the datetime
-RATES = {"125 kbit/s": 1000, "1 Mbit/s": 7600}      # frames/s of 8 bytes that fill a bus
-CLIENTS = (1, 5, 20)
+LONE = 0.03                     # s without a frame, after which the next one is a lone one
+ROWS = (                        # what is measured, its unit, what is wanted by the stopwatch
+    ("question and answer, 1 connection", "us", "<= 900"),
+    ("question and answer, 2 connections", "us", "<= 1100"),
+    ("the same, the node takes 1 ms", "us", "<= 1850"),
+    ("page of 7 answers 1 ms apart, 2 connections", "us", "<= 8600"),
+    ("lone frame, 1 client", "us", "<= 1.12 floor"),
+    ("lone frame, last of 5", "us", "<= 1.10 floor"),
+    ("CPU at 1000 frames/s, 1 client", "s", "<= 0.58 floor"),
+    ("CPU at 1000 frames/s, 5 clients", "s", "<= 0.40 floor"),
+    ("CPU at 1000 frames/s, 20 clients", "s", "<= 0.55 floor"),
+    ("CPU at 7600 frames/s, 1 client", "s", "<= 0.90 floor"),
+    ("CPU at 7600 frames/s, 5 clients", "s", "<= 0.92 floor"),
+    ("CPU at 7600 frames/s, 20 clients", "s", "<= 0.95 floor"),
+    ("lost of these, the worst", "%", "<= 0"),
+    ("flat out, 5 clients: delivered", "/s", ">= 1.0 floor"),
+    ("each further client, of the first", "%", "<= 4.8"),
+    ("SEND, each waiting for +OK; floor: NOOP", "/s", ""),
+    ("SEND, pipelined; floor: NOOP", "/s", ""),
+    ("CPU of --version; floor: its imports", "ms", "<= 1.9 floor"),
+    ("peak memory with 20 clients", "MB", "<= 4 + floor"),
+)
 
 
 def can_socket(interface: str) -> socket.socket:
     sock = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
     sock.bind((interface,))
     return sock
+
+
+def open_target(target: str) -> tuple[socket.socket, bytes]:
+    """Where a relay gets its frames (`can:NAME`, `tcp:PORT`, `udp:PORT`), and a frame."""
+    kind, _, where = target.partition(":")
+    if kind == "tcp":
+        sock = socket.create_connection(("127.0.0.1", int(where)))
+        return sock, b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n"
+    if kind == "can":
+        sock = can_socket(where)
+        sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
+    else:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.connect(("127.0.0.1", int(where)))
+    return sock, struct.pack("=IB3x8s", 0x8C140305, 8, bytes(8))
 
 
 def run_floor(interface: str) -> None:
@@ -3723,15 +3766,35 @@ def run_floor(interface: str) -> None:
     listener.listen(128)
     if interface:
         source = can_socket(interface)
-        source.setsockopt(socket.SOL_SOCKET, uvscpd.SO_RCVBUFFORCE, uvscpd.RECEIVE_BUFFER)
+        source.setsockopt(socket.SOL_SOCKET, 33, 2 << 20)       # SO_RCVBUFFORCE
     else:
         source = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         source.bind(listener.getsockname())
-    source.setsockopt(socket.SOL_SOCKET, uvscpd.SO_TIMESTAMPNS_NEW, 1)
-    unpack_time = uvscpd.TIMESTAMP[uvscpd.SO_TIMESTAMPNS_NEW].unpack
+    source.setsockopt(socket.SOL_SOCKET, 64, 1)                 # SO_TIMESTAMPNS
+    source.setblocking(False)
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     selector.register(source, selectors.EVENT_READ)
+    frame_struct, time_struct = struct.Struct("=IB3x8s"), struct.Struct("=qq")
+    byte_text = [f",{byte}" for byte in range(256)]
+    id_text: dict[int, tuple[str, str]] = {}
+    date_text: dict[int, str] = {}
+
+    def event_line(frame: bytes, stamp: bytes) -> str:
+        can_id, length, data = frame_struct.unpack(frame)
+        seconds, nanoseconds = time_struct.unpack(stamp)
+        if can_id not in id_text:
+            id_text[can_id] = (
+                f"{can_id >> 21 & 0xF0},{can_id >> 16 & 0x1FF},{can_id >> 8 & 0xFF},0,",
+                f",0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:{can_id & 0xFF:X}")
+        if seconds not in date_text:
+            date_text.clear()
+            date_text[seconds] = time.strftime("%Y-%m-%dT%H:%M:%SZ,", time.gmtime(seconds))
+        head, guid = id_text[can_id]
+        return (head + date_text[seconds]
+                + str(seconds * 1000000 + nanoseconds // 1000 & 0xFFFFFFFF) + guid
+                + "".join(byte_text[byte] for byte in data[:length]) + "\r\n")
+
     clients: list[socket.socket] = []
     print(f"listening on 127.0.0.1 port {listener.getsockname()[1]}", file=sys.stderr, flush=True)
     while True:
@@ -3739,150 +3802,175 @@ def run_floor(interface: str) -> None:
             if key.fileobj is listener:
                 clients.append(listener.accept()[0])
                 clients[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                clients[-1].sendall(b"+OK\r\n+OK\r\n")
                 continue
-            raw, ((_, _, stamp),), _, _ = source.recvmsg(16, uvscpd.ANCILLARY_SIZE)
-            can_id, length, data = uvscpd.FRAME.unpack(raw)
-            seconds, nanoseconds = unpack_time(stamp)
-            time_us = seconds * 1000000 + nanoseconds // 1000
-            line = (f"{can_id >> 21 & 0xF0},{can_id >> 16 & 0x1FF},{can_id >> 8 & 0xFF},0,"
-                    + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-                    + f",{time_us & 0xFFFFFFFF},0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:"
-                    f"{can_id & 0xFF:X}," + ",".join([str(byte) for byte in data[:length]])
-                    + "\r\n").encode()
-            for client in clients:
-                client.sendall(line)
-
-
-def open_target(target: str) -> tuple[socket.socket, bytes]:
-    """Where a relay gets its frames (`can:NAME`, `tcp:PORT`, `udp:PORT`), and a lone one."""
-    kind, _, where = target.partition(":")
-    if kind == "tcp":
-        return socket.create_connection(("127.0.0.1", int(where))), b"send 96,20,3,0,,0,-,1\n"
-    if kind == "can":
-        sock = can_socket(where)
-        sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
-    else:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.connect(("127.0.0.1", int(where)))
-    return sock, uvscpd.pack_frame(0x0C140305, b"\1")
-
-
-def run_sender(target: str, rate: int, seconds: float) -> None:
-    """Send frames of 8 bytes: so many a second (0: flat out) for so long; says how many."""
-    sock, _ = open_target(target)
-    pipelined = sock.family != socket.AF_CAN and sock.type == socket.SOCK_STREAM
-    start = time.monotonic()
-    sent = 0
-    while time.monotonic() - start < seconds:
-        due = int((time.monotonic() - start) * rate) if rate else sent + 100
-        if sent >= due:             # as on a bus: a frame at a time, evenly
-            time.sleep(max(0.0, start + (sent + 1) / rate - time.monotonic()))
-        elif pipelined:
-            sock.sendall(b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n" * (due - sent))
-            sock.recv(1 << 16)
-        else:
-            for number in range(sent, due):
+            lines = []
+            while True:
                 try:
-                    sock.send(uvscpd.pack_frame(0x0C140305, struct.pack(">Q", number)))
+                    frame, ((_, _, stamp),), _, _ = source.recvmsg(16, 64)
+                except BlockingIOError:
+                    break
+                lines.append(event_line(frame, stamp))
+            block = "".join(lines).encode()
+            for client in clients:
+                client.sendall(block)
+
+
+def run_sender(target: str) -> None:
+    """Send frames: for each line `RATE COUNT` so many, so many a second (0: flat out)."""
+    sock, frame = open_target(target)
+    answered = sock.family == socket.AF_INET and sock.type == socket.SOCK_STREAM
+    print("ready", flush=True)
+    for line in sys.stdin:
+        rate, count = map(int, line.split())
+        start = time.monotonic()
+        for number in range(count):
+            if rate:            # evenly, as on a bus; if late, the others still get their turns
+                time.sleep(max(0.0, start + number / rate - time.monotonic()))
+            if not answered:
+                frame = frame[:8] + number.to_bytes(8, "big")
+            elif number % 100 == 99:
+                sock.recv(1 << 16)
+            while True:
+                try:
+                    sock.send(frame)
+                    break
                 except OSError as error:        # vcan's receiving side is full: wait as a bus would
                     if error.errno != errno.ENOBUFS:
                         raise
-                    due = number
-                    break
-        sent = max(sent, due)
-    print(sent)
-    if pipelined:
-        sock.shutdown(socket.SHUT_WR)
-        while sock.recv(1 << 16):
-            pass
+                    time.sleep(0.001)
+        print("sent", flush=True)
+
+
+def run_node(interface: str) -> None:
+    """Node 5: answers a read of register 0 at once, 1 after 1 ms, 2 with 7 answers 1 ms apart."""
+    sock = can_socket(interface)
+    sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
+                    struct.pack("=II", 0x80000900, 0x81FFFF00))     # class 0 type 9
+    print("ready", flush=True)
+    while True:
+        register = sock.recv(16)[9]
+        for _ in range(7 if register == 2 else 1):
+            if register:
+                time.sleep(0.001)
+            sock.send(struct.pack("=IB3x8s", 0x8C000A05, 2, bytes([register, 42])))
+
+
+def start(function: Callable[[str], None], argument: str) -> subprocess.Popen[str]:
+    """A process that runs this function, with what these functions need and nothing else."""
+    source = ["from __future__ import annotations",
+              "import errno, selectors, socket, struct, sys, time",
+              *map(inspect.getsource, (can_socket, open_target, function)),
+              f"{function.__name__}({argument!r})"]
+    return subprocess.Popen([*PYTHON, "-c", "\n".join(source)], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_until(file: IO[str] | None, text: str) -> str:
+    """The first line with this text."""
+    assert file is not None
+    return next(line for line in file if text in line)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 class Relay:
     """The daemon or the floor as a process, and clients that count what they get."""
 
-    def __init__(self, kind: str, interface: str) -> None:
+    def __init__(self, kind: str, interface: str, *options: str) -> None:
         self.kind = kind
-        self.interface = interface
-        command = ([sys.executable, __file__, "floor", interface] if kind == "floor" else
-                   [sys.executable, uvscpd.__file__, "-s", "-p", "0", "-i", "127.0.0.1",
-                    "-c", interface or ":virtual:"])
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if "listening on" in line:
-                break
+        self.process = start(run_floor, interface) if kind == "floor" else subprocess.Popen(
+            [*PYTHON, uvscpd.__file__, "-s", "-p", "0", "-i", "127.0.0.1", "-c",
+             interface or ":virtual:", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True)
+        line = read_until(self.process.stderr, "listening on")
         self.port = int(re.findall(r"port (\d+)", line)[0])
-        self.drain = threading.Thread(target=self.process.stderr.read, daemon=True)
-        self.drain.start()
         self.target = (f"can:{interface}" if interface else
                        f"udp:{self.port}" if kind == "floor" else f"tcp:{self.port}")
+        self.sender = start(run_sender, self.target)
+        read_until(self.sender.stdout, "ready")
         self.clients: list[socket.socket] = []
 
-    def connect(self, count: int) -> None:
-        """Connect more clients until there are so many, in the receive loop."""
-        while len(self.clients) < count:
-            sock = socket.create_connection(("127.0.0.1", self.port))
+    def connect(self, receive: bool = True) -> socket.socket:
+        """One more client, greeted, in the receive loop or not."""
+        sock = socket.create_connection(("127.0.0.1", self.port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive:
+            self.clients.append(sock)
             if self.kind == "daemon":
                 sock.sendall(b"rcvloop\n")
-                seen = b""
-                while seen.count(b"+OK") < 2:
-                    seen += sock.recv(4096)
-            self.clients.append(sock)
-        time.sleep(0.2)
+        seen = b""
+        while seen.count(b"+OK") < 1 + receive:
+            seen += sock.recv(4096)
+        return sock
 
-    def load(self, rate: int, seconds: float) -> tuple[int, int, float, float]:
-        """Frames sent, events received by all, seconds of CPU, seconds of receiving."""
-        colons = 0
-        cpu = cpu_time(self)
+    def cpu_s(self) -> float:
+        return time.clock_gettime(~self.process.pid << 3 | 2)       # as clock_getcpuclockid(3)
+
+    def load(self, rate: int, count: int) -> tuple[float, float, float]:
+        """Send frames; % lost, seconds of the relay's CPU, events delivered a second."""
+        assert self.sender.stdin is not None and self.sender.stdout is not None
+        colons, sent = 0, False
         with selectors.DefaultSelector() as selector:
+            selector.register(self.sender.stdout, selectors.EVENT_READ)
             for sock in self.clients:
                 selector.register(sock, selectors.EVENT_READ)
-            sender = subprocess.Popen([sys.executable, __file__, "sender", self.target, str(rate),
-                                       str(seconds)], stdout=subprocess.PIPE)
-            first = last = 0.0
-            while True:
-                ready = selector.select(1.0)
-                now = time.monotonic()
-                got = sum(sock.recv(1 << 18).count(b":") for sock in
-                          [key.fileobj for key, _ in ready] if isinstance(sock, socket.socket))
-                if got:
-                    first, last = first or now, now
-                    colons += got
-                elif now - last > 1.0 and sender.poll() is not None:
-                    break
-        assert sender.stdout is not None
-        return int(sender.stdout.read()), colons // COLONS, cpu_time(self) - cpu, last - first
+            cpu, begin = self.cpu_s(), time.monotonic()
+            self.sender.stdin.write(f"{rate} {count}\n")
+            self.sender.stdin.flush()
+            last = quiet = begin
+            while not sent or time.monotonic() - quiet < 1.0:
+                for key, _ in selector.select(1.0 if sent else None):
+                    if key.fileobj is self.sender.stdout:
+                        sent = bool(self.sender.stdout.readline())
+                        quiet = time.monotonic()
+                        continue
+                    assert isinstance(key.fileobj, socket.socket)
+                    got = key.fileobj.recv(1 << 16).count(b":")
+                    if got:             # no sign of life
+                        colons += got
+                        last = quiet = time.monotonic()
+        events = colons // COLONS
+        return (100 * (1 - events / count / len(self.clients)), self.cpu_s() - cpu,
+                events / (last - begin))
 
-    def latency(self, rounds: int) -> tuple[list[float], list[float]]:
-        """Seconds from sending a lone frame to its arrival at the first and at the last client."""
+    def lone_frame_us(self, rounds: int) -> float:
+        """Median of the time from sending a lone frame to its arrival at the last client."""
         source, frame = open_target(self.target)
-        firsts, lasts = [], []
-        with source, selectors.DefaultSelector() as selector:
-            for sock in self.clients:
-                selector.register(sock, selectors.EVENT_READ)
+        times = []
+        with source:
             for _ in range(rounds):
-                time.sleep(0.02)
-                start = time.monotonic()
+                time.sleep(LONE)
+                begin = time.monotonic()
                 source.send(frame)
-                arrivals = 0
-                while arrivals < len(self.clients):
-                    for key, _ in selector.select():
-                        assert isinstance(key.fileobj, socket.socket)
-                        if b":" not in key.fileobj.recv(4096):
-                            continue                        # a sign of life
-                        arrivals += 1
-                        if arrivals == 1:
-                            firsts.append(time.monotonic() - start)
-                lasts.append(time.monotonic() - start)
-        return sorted(firsts), sorted(lasts)
+                for sock in self.clients:
+                    while b":" not in sock.recv(4096):
+                        pass                                # a sign of life
+                times.append(time.monotonic() - begin)
+        return 1e6 * sorted(times)[rounds // 2]
+
+    def question_us(self, rounds: int, register: int, asker: socket.socket) -> float:
+        """Median of the time from sending a register read to the last answer at a client."""
+        hearer = self.clients[0]
+        times = []
+        for _ in range(rounds):
+            begin = time.monotonic()
+            asker.sendall(b"send 96,0,9,0,,0,-,5,%d\n" % register)
+            seen = b""
+            while seen.count(b"96,0,10,") < (7 if register == 2 else 1):
+                seen += hearer.recv(4096)
+            times.append(time.monotonic() - begin)
+            if asker is not hearer:
+                asker.recv(4096)
+        return 1e6 * sorted(times)[rounds // 2]
 
     def commands_a_second(self, line: bytes, count: int, pipelined: bool) -> float:
         """How many commands a second one client gets answered."""
-        with socket.create_connection(("127.0.0.1", self.port)) as sock:
-            seen = b""
-            while b"+OK" not in seen:
-                seen += sock.recv(4096)
-            start = time.monotonic()
+        with self.connect(receive=False) as sock:
+            begin = time.monotonic()
             if pipelined:
                 answered = 0
                 sock.setblocking(False)
@@ -3897,88 +3985,123 @@ class Relay:
                 for _ in range(count):
                     sock.sendall(line)
                     sock.recv(4096)
-            return count / (time.monotonic() - start)
+            return count / (time.monotonic() - begin)
 
     def close(self) -> None:
         for sock in self.clients:
             sock.close()
-        self.process.terminate()
-        self.process.wait()
-        self.drain.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        end(self.sender)
+        end(self.process)
 
 
-def startup_s(command: list[str], ready: str) -> float:
-    """Seconds from starting a process to its first line with this text."""
-    start = time.monotonic()
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while ready not in process.stderr.readline():
-        pass
-    elapsed = time.monotonic() - start
-    process.kill()
-    process.wait()
-    process.stderr.close()
-    return elapsed
+def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
+    """The figures of the daemon or of the floor, by the rows' names; prints each as it is made."""
+    figures: dict[str, float] = {}
 
+    def note(what: str, figure: float) -> None:
+        figures[what] = figure
+        print(f"    {kind}: {what}: {number(figure)}", file=sys.stderr, flush=True)
 
-def row(what: str, daemon: float, floor: float | None, unit: str) -> None:
-    ratio = f"{daemon / floor:.2f}" if floor else ""
-    beside = "" if floor is None else f"{floor:.2f}"
-    print(f"{what:48}{daemon:11.2f}{beside:>11}{ratio:>8}  {unit}", flush=True)
-
-
-def measure(kind: str, interface: str, count: int, seconds: float) -> dict[str, float]:
-    """All figures of the daemon or of the floor with so many clients, by name and unit."""
-    relay = Relay(kind, interface)
-    relay.connect(count)
-    relay.load(1000, seconds / 2)       # what runs for the first time, an emulated CPU translates
-    figures = {}
-    for name, rate in RATES.items():
-        sent, got, cpu, _ = relay.load(rate, seconds)
-        figures[f"full {name}: CPU|%"] = cpu / seconds * 100
-        figures[f"full {name}: lost|%"] = 100 * (1 - got / (sent * count))
-    _, got, _, took = relay.load(0, seconds)
-    figures["flat out: delivered|events/s"] = got / took
-    for where, times in zip(("first", "last"), relay.latency(100)):
-        figures[f"lone frame to the {where}: median|ms"] = times[50] * 1000
-        figures[f"lone frame to the {where}: 99 %|ms"] = times[99] * 1000
-    if kind == "daemon":
-        figures["peak memory|MB"] = memory(relay) / MEGABYTE
-    relay.close()
+    rounds = int(40 * seconds)
+    lost = []
+    for count in (1, 5, 20):
+        relay = Relay(kind, interface, *(["--buffer", "16000"] if count == 20 else []))
+        who = "1 client" if count == 1 else f"{count} clients"
+        for _ in range(count):
+            relay.connect()
+        relay.load(1000, 500)       # whatever runs for the first time has to be loaded
+        for rate, frames in ((1000, 1000 * seconds), (7600, 3000 * seconds)):
+            missing, cpu, _ = relay.load(rate, int(frames))
+            note(f"CPU at {rate} frames/s, {who}", cpu)
+            note(f"lost at {rate} frames/s, {who}", missing)
+            lost.append(missing)
+        if count == 1:
+            relay.lone_frame_us(10)
+            note("lone frame, 1 client", relay.lone_frame_us(rounds))
+            if kind == "daemon" and interface:
+                node = start(run_node, interface)
+                read_until(node.stdout, "ready")
+                alone, other = relay.clients[0], relay.connect(receive=False)
+                for row, register, asker in zip(ROWS, (0, 0, 1, 2), (alone, other, other, other)):
+                    relay.question_us(10, register, asker)
+                    note(row[0], relay.question_us(rounds, register, asker))
+                end(node)
+        elif count == 5:
+            note("lone frame, last of 5", relay.lone_frame_us(rounds))
+            note("flat out, 5 clients: delivered", relay.load(0, int(3000 * seconds))[2])
+        else:
+            note("peak memory with 20 clients", memory(relay) / MEGABYTE)
+        relay.close()
+    note("lost of these, the worst", max(lost))
+    more = figures["CPU at 1000 frames/s, 20 clients"] / figures["CPU at 1000 frames/s, 1 client"]
+    note("each further client, of the first", (more - 1) / 19 * 100)
     return figures
 
 
-def run_benchmark(interface: str = "", seconds: str = "5") -> None:
-    """Print one table: the daemon, the floor, and the daemon's figure over the floor's."""
-    duration = float(seconds)
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, "
-          f"{interface or 'virtual bus'}, {duration:g} s a measurement\n")
-    print(f"{'':48}{'uvscpd':>11}{'floor':>11}{'ratio':>8}")
-    relayed = 0.0
-    for count in CLIENTS:
-        floor = measure("floor", interface, count, duration)
-        daemon = measure("daemon", interface, count, duration)
-        for name, figure in daemon.items():
-            what, _, unit = name.partition("|")
-            row(f"{count} clients, {what}", figure, floor.get(name), unit)
-        relayed = relayed or floor["flat out: delivered|events/s"]
+def measure_commands(interface: str, amount: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of commands and of the start, and their floors, by the rows' names."""
+    daemon, floor = {}, {}
     relay = Relay("daemon", interface)
     send = b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n"
-    amount = int(400 * duration)
-    # In turns, so that both get the machine's good and bad moments.
-    sends, noops = zip(*((relay.commands_a_second(send, amount, False),
-                          relay.commands_a_second(b"noop\n", amount, False)) for _ in range(5)))
-    row("SEND each waiting for its +OK, floor: NOOP", max(sends), max(noops), "/s")
-    row("SEND pipelined, floor: frames relayed to 1",
-        relay.commands_a_second(send, 5 * amount, True), relayed, "/s")
+    for row, pipelined in zip(ROWS[-4:], (False, True)):
+        # In turns, so that both get the machine's good and bad moments.
+        sends, noops = zip(*((relay.commands_a_second(send, amount, pipelined),
+                              relay.commands_a_second(b"noop\n", amount, pipelined))
+                             for _ in range(3)))
+        daemon[row[0]], floor[row[0]] = max(sends), max(noops)
     relay.close()
-    command = [uvscpd.__file__, "-s", "-p", "0", "-c", interface or ":virtual:"]
-    imports = "import argparse, selectors, socket, sys; print('up', file=sys.stderr)"
-    starts, floors = zip(*((startup_s(command, "listening"), startup_s(["-c", imports], "up"))
-                           for _ in range(7)))
-    row("start to listening, floor: its main imports", min(starts) * 1000, min(floors) * 1000, "ms")
+    with open(uvscpd.__file__, encoding="utf-8") as file:
+        imports = re.findall(r"^(?:import|from) [^(\n]+(?:\([^)]*\))?", file.read(), re.M)
+    starts, floors = zip(*((run_cpu_s(uvscpd.__file__, "--version"),
+                            run_cpu_s("-c", "\n".join(imports))) for _ in range(5)))
+    daemon[ROWS[-2][0]], floor[ROWS[-2][0]] = min(starts) * 1000, min(floors) * 1000
+    return daemon, floor
+
+
+def run_cpu_s(*arguments: str) -> float:
+    """Seconds of CPU of Python with these arguments."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*PYTHON, *arguments], stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def number(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.2f}"
+
+
+def verdict(wanted: str, figure: float, floor: float) -> str:
+    """What is wanted, marked if the figure misses it."""
+    if not wanted:
+        return ""
+    sign, limit, *of_floor = wanted.split(" ", 2)
+    value = float(limit)
+    if of_floor:
+        value = value + floor if of_floor[0] == "+ floor" else value * floor
+    held = figure <= value if sign == "<=" else figure >= value
+    return wanted if held else f"{wanted}  MISSED"
+
+
+def run_benchmark(interface: str = "", seconds: str = "5") -> None:
+    """Print one table: the daemon, the floor, the ratio, and what is wanted."""
+    os.environ["PYTHONHASHSEED"] = "0"      # or the order of sets differs from run to run
+    duration = float(seconds)
+    floor = measure("floor", interface, duration)
+    daemon = measure("daemon", interface, duration)
+    commands, beside = measure_commands(interface, int(100 * duration))
+    daemon.update(commands)
+    floor.update(beside)
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, "
+          f"{interface or 'virtual bus'}; {1000 * duration:.0f} frames at 1000/s, "
+          f"{3000 * duration:.0f} at 7600/s\n")
+    stopwatch = os.environ.get("KERNEL_STOPWATCH") == "1"
+    print(f"{'':46}{'uvscpd':>9}{'floor':>9}{'ratio':>7}  {'':4}{' wanted' * stopwatch}")
+    for what, unit, wanted in ROWS:
+        if what in daemon:
+            ours, its = daemon[what], floor.get(what, 0.0)
+            print(f"{what:46}{number(ours):>9}{number(its) if what in floor else '':>9}"
+                  f"{f'{ours / its:.2f}' if its else '':>7}  {unit:5}"
+                  + verdict(wanted, ours, its) * stopwatch)
 
 
 # =============================================================================
@@ -3995,10 +4118,6 @@ def main() -> int:
         return run_soak(float(rest[0]) if rest else 60, rest[1] if rest[1:] else "")
     elif word == "bench":
         run_benchmark(*rest)
-    elif word == "floor":
-        run_floor(*rest)
-    elif word == "sender":
-        run_sender(rest[0], int(rest[1]), float(rest[2]))
     else:
         unittest.main()
     return 0
