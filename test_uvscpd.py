@@ -3715,7 +3715,7 @@ def run_soak(seconds: float, interface: str = "", report_s: float = 2.0) -> int:
 PYTHON = (sys.executable, "-s", "-S")       # without what this machine's site-packages load
 COLONS = 17                     # in an event line: 15 in the GUID, 2 in the datetime
 LONE = 0.03                     # s without a frame, after which the next one is a lone one
-ROWS = (                        # what is measured, its unit, what is wanted by the stopwatch
+FIGURES = (                     # what is measured, its unit, what is wanted by the stopwatch
     ("question and answer, 1 connection", "us", "<= 900"),
     ("question and answer, 2 connections", "us", "<= 1100"),
     ("the same, the node takes 1 ms", "us", "<= 1850"),
@@ -4022,7 +4022,7 @@ def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
                 node = start(run_node, interface)
                 read_until(node.stdout, "ready")
                 alone, other = relay.clients[0], relay.connect(receive=False)
-                for row, register, asker in zip(ROWS, (0, 0, 1, 2), (alone, other, other, other)):
+                for row, register, asker in zip(FIGURES, (0, 0, 1, 2), (alone, other, other, other)):
                     relay.question_us(10, register, asker)
                     note(row[0], relay.question_us(rounds, register, asker))
                 end(node)
@@ -4043,7 +4043,7 @@ def measure_commands(interface: str, amount: int) -> tuple[dict[str, float], dic
     daemon, floor = {}, {}
     relay = Relay("daemon", interface)
     send = b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n"
-    for row, pipelined in zip(ROWS[-4:], (False, True)):
+    for row, pipelined in zip(FIGURES[-4:], (False, True)):
         # In turns, so that both get the machine's good and bad moments.
         sends, noops = zip(*((relay.commands_a_second(send, amount, pipelined),
                               relay.commands_a_second(b"noop\n", amount, pipelined))
@@ -4054,7 +4054,7 @@ def measure_commands(interface: str, amount: int) -> tuple[dict[str, float], dic
         imports = re.findall(r"^(?:import|from) [^(\n]+(?:\([^)]*\))?", file.read(), re.M)
     starts, floors = zip(*((run_cpu_s(uvscpd.__file__, "--version"),
                             run_cpu_s("-c", "\n".join(imports))) for _ in range(5)))
-    daemon[ROWS[-2][0]], floor[ROWS[-2][0]] = min(starts) * 1000, min(floors) * 1000
+    daemon[FIGURES[-2][0]], floor[FIGURES[-2][0]] = min(starts) * 1000, min(floors) * 1000
     return daemon, floor
 
 
@@ -4096,7 +4096,7 @@ def run_benchmark(interface: str = "", seconds: str = "5") -> None:
           f"{3000 * duration:.0f} at 7600/s\n")
     stopwatch = os.environ.get("KERNEL_STOPWATCH") == "1"
     print(f"{'':46}{'uvscpd':>9}{'floor':>9}{'ratio':>7}  {'':4}{' wanted' * stopwatch}")
-    for what, unit, wanted in ROWS:
+    for what, unit, wanted in FIGURES:
         if what in daemon:
             ours, its = daemon[what], floor.get(what, 0.0)
             print(f"{what:46}{number(ours):>9}{number(its) if what in floor else '':>9}"
