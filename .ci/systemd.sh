@@ -1,0 +1,408 @@
+#!/bin/bash
+#
+# What .ci/systemd runs in the machine that it boots: README's words on systemd are followed, and what they promise is
+# tried.  Not to be called by hand: it changes the system that it runs on.
+#
+# The machine is started twice: the first time a user installs everything, with the texts below, as README shows them;
+# the second time all has to be there by itself.  The daemon on can0 is a client's way to the bus; can1 is another controller on
+# the same bus, where candump is the witness and cansend plays a node.
+
+set -euo pipefail
+
+until [ -c /dev/virtio-ports/output ]; do sleep 0.1; done
+exec >/dev/virtio-ports/output 2>&1 </dev/null
+
+limit=60                                    # seconds; what takes longer has failed
+unit=uvscpd
+zeros=0:0:0:0:0:0:0:0:0:0:0:0:0:0:0         # a GUID but for its last byte
+job=/job
+
+step() { echo "- $*"; }
+fail() { echo "FAILED: $*"; exit 1; }
+
+finish() {
+    local status=$?
+    if [ "$status" != 0 ]; then
+        systemctl --no-pager --lines=0 status "$unit" || true
+        echo "The end of the journal:"
+        journalctl --boot --no-pager --lines=40 | sed 's/^/  /'
+    fi
+    journalctl --sync
+    sync
+    echo "$status" >"$job/status"
+    systemctl poweroff --force --force 2>/dev/null
+}
+trap finish EXIT
+
+same() {  # WHAT EXPECTED GOT
+    [ "$2" != "$3" ] || return 0
+    diff -U 2 --label expected --label got <(echo "$2") <(echo "$3") || fail "$1"
+}
+
+await() {  # SECONDS WHAT COMMAND...: the command succeeds within that time
+    local end=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@"; do
+        [ "$SECONDS" -lt "$end" ] || fail "$what"
+        sleep 0.1
+    done
+}
+
+
+# README's texts.  The last step compares.
+
+install='sudo install -m 755 uvscpd.py /usr/local/bin/
+sudo install -m 644 uvscpd.service /etc/systemd/system/
+sudo systemctl enable --now uvscpd'
+
+can_service='[Unit]
+Description=CAN interface %i
+BindsTo=sys-subsystem-net-devices-%i.device
+After=sys-subsystem-net-devices-%i.device
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStartPre=-/sbin/ip link set %i down
+ExecStart=/sbin/ip link set %i up type can bitrate 125000 restart-ms 100
+ExecStop=-/sbin/ip link set %i down
+
+[Install]
+WantedBy=sys-subsystem-net-devices-%i.device'
+
+can_service_enable='sudo systemctl enable --now can@can0'
+
+can_network='[Match]
+Name=can0
+
+[Link]
+RequiredForOnline=no
+
+[CAN]
+BitRate=125K
+RestartSec=100ms'
+
+can_network_enable='sudo systemctl restart systemd-networkd'
+
+second_bus="sed 's/can0/can1/g; s/--stay/--stay --port 8599/' uvscpd.service | sudo tee /etc/systemd/system/uvscpd-can1.service
+sudo systemctl enable --now uvscpd-can1"
+
+arguments='--user admin
+--password secret
+--guest 0'
+
+password='[Service]
+LoadCredential=uvscpd:/etc/uvscpd.conf
+ExecStart=
+ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can0 @%d/uvscpd'
+
+password_enable='sudo chmod 600 /etc/uvscpd.conf
+sudo systemctl daemon-reload
+sudo systemctl restart uvscpd'
+
+upgrade='sudo install -m 755 uvscpd.py /usr/local/bin/
+sudo systemctl restart uvscpd'
+
+user() {  # COMMANDS: run by somebody who may sudo, at home
+    runuser -l somebody -c "set -e; $1" >/tmp/output 2>&1 || { cat /tmp/output; fail "$1"; }
+}
+
+user_writes() {  # FILE TEXT
+    user "printf '%s\n' $(printf %q "$2") | sudo tee $1"
+}
+
+
+# The unit
+
+property() { systemctl show --value --property "$1" "${2:-$unit}"; }
+property_is() { [ "$(property "$1" "${3:-$unit}")" = "$2" ]; }
+status_text() {  # PATTERN
+    # shellcheck disable=SC2053     # a pattern
+    [[ $(property StatusText) = $1 ]]
+}
+active() { systemctl --quiet is-active "$1"; }
+
+messages() {  # PRIORITY: what the daemon has logged with just this priority since the last call of forget
+    journalctl --quiet --output cat --identifier "$unit" --priority "$1..$1" --since "$since"
+}
+logged() {  # PRIORITY WORDS
+    messages "$1" | grep -q -- "$2"
+}
+forget() { since=@$EPOCHREALTIME; }
+
+restarted() {  # PID: the daemon is ready again, as another process
+    active "$unit" && [ "$(property MainPID)" != "$1" ]
+}
+
+
+# Clients: connections of bash's own
+
+hear() {  # its next line, in line
+    read -r -t "$limit" -u "$client" line || fail "the client hears nothing more"
+    line=${line%$'\r'}
+}
+
+ask() {  # COMMAND [PATTERN]: the last line of the answer is like the pattern; all of it is in the array reply
+    printf '%s\r\n' "$1" >&"$client"
+    hear_reply
+    # shellcheck disable=SC2053     # a pattern
+    [[ $line = ${2:-+OK*} ]] || fail "reply to $1: $line"
+}
+
+hear_reply() {
+    reply=()
+    while hear; do
+        reply+=("$line")
+        [[ $line != [+-]OK* ]] || break
+    done
+}
+
+connect() {  # [PORT]
+    exec {client}<>"/dev/tcp/127.0.0.1/${1:-8598}" || fail "cannot connect"
+    hear_reply
+    [[ $line = +OK* ]] || fail "greeting: $line"
+}
+
+disconnect() {
+    ask quit
+    exec {client}>&-
+}
+
+sends() {
+    printf 'send 96,20,3,0,,0,-\r\n' >&"$client"
+    hear_reply
+    [[ $line = +OK* ]]
+}
+
+on_the_wire() {  # FRAME: candump sees it next, on can1
+    local record
+    read -r -t "$limit" -u "$candump" record || fail "candump sees nothing"
+    same "frame on the bus" "$1" "${record##* }"
+}
+
+both_ways() {
+    exec {candump}< <(exec candump -L can1)
+    local dumper=$!
+    # candump has begun when it sees this.
+    until cansend can0 00000001#; read -r -t 1 -u "$candump"; do :; done
+    ask "send 96,20,3,0,,0,$zeros:7,0,1,35"
+    local record
+    while read -r -t "$limit" -u "$candump" record && [[ $record = *" 00000001#" ]]; do :; done
+    same "frame on the bus" 0C140307#000123 "${record##* }"
+    ask clra
+    cansend can1 0C0A0605#8A
+    await "$limit" "no event comes" has_event
+    [[ ${reply[0]} = 96,10,6,0,20*,*,$zeros:5,138 ]] || fail "the event: ${reply[0]}"
+    kill "$dumper"
+    exec {candump}<&-
+}
+
+has_event() {
+    printf 'retr\r\n' >&"$client"
+    hear_reply
+    [[ $line = +OK* ]]
+}
+
+link_up() { [[ $(ip link show "$1") = *[\<,]UP[,\>]* ]]; }
+link_down() { ! link_up "$1"; }
+
+
+# The first start: a user installs it all
+
+home=/home/somebody
+if [ "$(<"$job/start")" = 1 ]; then
+    step "first start: the user installs program and unit"
+    cp "$job"/uvscpd.{py,service} "$home"
+    chown somebody: "$home"/uvscpd.*
+    user "$install"
+    active "$unit" || fail "it is not active"
+    systemctl --quiet is-enabled "$unit" || fail "it is not enabled"
+    await 10 "STATUS: $(property StatusText)" status_text "can0: *"
+
+    step "... and has can0 brought up by systemd-networkd"
+    link_down can0 || fail "it is up already"
+    user_writes /etc/systemd/network/can0.network "$can_network"
+    user "$can_network_enable"
+    await 20 "can0 is not up" link_up can0
+    [[ $(ip -details link show can0) = *"bitrate 125000"* ]] || fail "its bit rate is wrong"
+    [[ $(ip -details link show can0) = *"restart-ms 100"* ]] || fail "its restart-ms is wrong"
+    await 10 "STATUS: $(property StatusText)" status_text "can0: OK*"
+
+    step "... and can1 by a unit, though it was up"
+    ip link set can1 up type can bitrate 500000
+    user_writes /etc/systemd/system/can@.service "$can_service"
+    user "${can_service_enable/can0/can1}"
+    link_up can1 || fail "can1 is not up"
+    [[ $(ip -details link show can1) = *"bitrate 125000"* ]] || fail "its bit rate is wrong"
+    [[ $(ip -details link show can1) = *"restart-ms 100"* ]] || fail "its restart-ms is wrong"
+
+    step "... and a second daemon on it"
+    user "$second_bus"
+    active uvscpd-can1 || fail "it is not active"
+    connect 8599
+    [[ $line = *can1* ]] || fail "greeting: $line"
+    disconnect
+
+    exit 0
+fi
+
+
+# The second start: all that is there
+
+step "second start: the daemon runs on can0, which is up"
+await "$limit" "it is not active" active "$unit"
+await 20 "STATUS: $(property StatusText)" status_text "can0: OK*"
+link_up can0 || fail "can0 is down"
+
+step "the start did not wait for can0"
+await "$limit" "network-online.target is not reached" active network-online.target
+property_is Result success systemd-networkd-wait-online || fail "systemd-networkd-wait-online has failed"
+begun=$(property ExecMainStartTimestampMonotonic systemd-networkd-wait-online)
+ended=$(property ExecMainExitTimestampMonotonic systemd-networkd-wait-online)
+[ $((ended - begun)) -lt 40000000 ] || fail "systemd-networkd-wait-online took $((ended - begun)) us"
+
+step "messages are in the journal, with their priorities"
+journalctl --quiet --boot --output cat --identifier "$unit" --priority info..info | grep -q "listening on " ||
+    fail "no information that it listens"
+
+step "it needs few rights"
+systemd-analyze security --no-pager --threshold=15 "$unit" | tail -n 1
+[ "$(stat -c %U "/proc/$(property MainPID)")" != root ] || fail "it runs as root"
+
+step "events go both ways"
+connect
+both_ways
+
+step "can0 goes down: a warning, SEND is refused, the client stays"
+forget
+ip link set can0 down
+await 10 "no warning" logged warning can0
+ask "send 96,20,3,0,,0,-" "-OK - *"
+await 10 "STATUS: $(property StatusText)" status_text "can0: *[Dd]own*"
+
+step "... and up again: SEND works"
+ip link set can0 up
+await 10 "SEND does not work again" sends
+await 10 "nothing is logged" logged info can0
+await 10 "STATUS: $(property StatusText)" status_text "can0: OK*"
+both_ways
+
+step "the driver lets go of can0: a warning, SEND is refused, the client stays"
+forget
+device=$(basename "$(realpath /sys/class/net/can0/device)")
+echo "$device" >/sys/bus/pci/drivers/kvaser_pci/unbind
+[ ! -e /sys/class/net/can0 ] || fail "can0 is still there"
+await 10 "no warning" logged warning can0
+ask "send 96,20,3,0,,0,-" "-OK - *"
+
+step "... and takes it again: systemd brings it up, SEND works"
+echo "$device" >/sys/bus/pci/drivers/kvaser_pci/bind
+await 20 "can0 does not come back" [ -e /sys/class/net/can0 ]
+await 20 "can0 is not up" link_up can0
+await 10 "SEND does not work again" sends
+both_ways
+disconnect
+
+step "the same with can1, brought up by a unit"
+device=$(basename "$(realpath /sys/class/net/can1/device)")
+echo "$device" >/sys/bus/pci/drivers/kvaser_pci/unbind
+await 20 "can@can1 does not end" property_is ActiveState inactive can@can1
+echo "$device" >/sys/bus/pci/drivers/kvaser_pci/bind
+await 20 "can1 does not come back" [ -e /sys/class/net/can1 ]
+await 20 "can1 is not up" link_up can1
+
+step "the second daemon sees the same bus"
+connect 8599
+[[ $line = *can1* ]] || fail "greeting: $line"
+await 10 "SEND does not work again" sends
+ask clra
+cansend can0 0C0A0605#8A
+await "$limit" "no event comes" has_event
+[[ ${reply[0]} = 96,10,6,0,20*,*,$zeros:5,138 ]] || fail "the event: ${reply[0]}"
+disconnect
+
+step "killed, it is started again"
+pid=$(property MainPID)
+kill -KILL "$pid"
+await 20 "it is not started again" restarted "$pid"
+property_is NRestarts 1 || fail "number of restarts: $(property NRestarts)"
+connect
+disconnect
+
+step "when it hangs, the watchdog has it started again"
+# The unit's own time would take half a minute.
+mkdir -p "/run/systemd/system/$unit.service.d"
+printf '%s\n' '[Service]' 'WatchdogSec=4' >"/run/systemd/system/$unit.service.d/watchdog.conf"
+property_is WatchdogUSec 30s || fail "the unit's watchdog: $(property WatchdogUSec)"
+systemctl daemon-reload
+systemctl restart "$unit"
+sleep 6                                     # it does not trouble a daemon that is well
+property_is NRestarts 0 || fail "it was started again without a reason"
+forget
+pid=$(property MainPID)
+kill -STOP "$pid"
+await 30 "it is not started again" restarted "$pid"
+property_is NRestarts 1 || fail "number of restarts: $(property NRestarts)"
+journalctl --quiet --output cat --unit "$unit" --since "$since" | grep -qi 'watchdog timeout' ||
+    fail "it was not the watchdog"
+connect
+disconnect
+rm "/run/systemd/system/$unit.service.d/watchdog.conf"
+systemctl daemon-reload
+
+step "it is upgraded"
+forget
+user "$upgrade"
+connect
+
+step "stopped, it ends well, with a client connected"
+systemctl stop "$unit"
+property_is Result success || fail "result: $(property Result)"
+property_is ExecMainStatus 0 || fail "status: $(property ExecMainStatus)"
+exec {client}>&-
+same "warnings" "" "$(messages warning)"
+
+step "a password by LoadCredential: a client has to log in"
+user_writes /etc/uvscpd.conf "$arguments"
+user "sudo mkdir -p /etc/systemd/system/uvscpd.service.d"
+user_writes /etc/systemd/system/uvscpd.service.d/password.conf "$password"
+user "$password_enable"
+connect
+ask cdta "-OK - Need to log in*"
+ask "user admin"
+ask "pass wrong" "-OK*"
+ask "user admin"
+ask "pass secret"
+await 10 "SEND does not work" sends
+disconnect
+! tr '\0' ' ' <"/proc/$(property MainPID)/cmdline" | grep secret || fail "the password is in the process list"
+rm -r /etc/systemd/system/uvscpd.service.d
+
+own_guid() {  # mac|ip GUID: what -g gives, with the channel id and two zeros behind it
+    mkdir -p "/run/systemd/system/$unit.service.d"
+    printf '%s\n' '[Service]' 'ExecStart=' \
+        "ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can0 -g $1" \
+        >"/run/systemd/system/$unit.service.d/guid.conf"
+    systemctl daemon-reload
+    systemctl reset-failed "$unit"
+    systemctl restart "$unit" || fail "-g $1: it does not start"
+    connect
+    ask ggid
+    same "GUID" "$2:0:1:0:0" "${reply[0]}"
+    disconnect
+    rm "/run/systemd/system/$unit.service.d/guid.conf"
+}
+
+step "-g mac"
+own_guid mac FF:FF:FF:FF:FF:FF:FF:FE:52:54:0:12
+step "-g ip"
+own_guid ip FF:FF:FF:FF:FF:FF:FF:FD:A:0:2:F
+
+step "README shows the texts used here"
+readme=$(<"$job/README.md")
+for name in install can_service can_service_enable can_network can_network_enable second_bus arguments password \
+    password_enable upgrade; do
+    # shellcheck disable=SC2001     # its lines that are not empty, indented
+    text=$(sed 's/./    &/' <<<"${!name}")
+    [[ $'\n'$readme$'\n' = *$'\n'"$text"$'\n'* ]] || { echo "$text"; fail "not this"; }
+done
