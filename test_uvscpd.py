@@ -43,9 +43,9 @@ import contextlib
 import doctest
 import errno
 import fcntl
+import functools
 import hashlib
 import inspect
-import io
 import itertools
 import os
 import random
@@ -145,7 +145,7 @@ class DaemonProcess:
                 with self.logged:
                     self.log += line
                     self.logged.notify_all()
-                match = re.search(r"listening on \S+ port (\d+)", line)
+                match = re.search(r"listening on .+ port (\d+)", line)
                 if match:
                     self.port = int(match[1])
                     self.listening.set()
@@ -506,10 +506,15 @@ class OwnDaemonTestCase(unittest.TestCase):
             result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
                          "uvscpd.pid", cwd=directory, pass_fds=(other_end,), **options)
             os.close(other_end)
-            self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
+            self.assertEqual((result.returncode, result.stderr), (0, ""))
             pidfile = os.path.join(directory, "uvscpd.pid")
             with open(pidfile, encoding="ascii") as file:
                 pid = int(file.read())
+            self.assertEqual(os.stat(pidfile).st_mode & 0o777, 0o644)
+            if "preexec_fn" not in options:     # its standard files are open
+                where = "to syslog" if os.path.exists("/dev/log") else "nowhere, .*"
+                self.assertRegex(result.stdout, r"\Auvscpd\.py: runs in the background, "
+                                 rf"pid {pid}, port {port}; messages go {where}\n\Z")
             try:
                 yield port, pid
                 if os.path.exists(pidfile):
@@ -542,12 +547,12 @@ class OwnDaemonTestCase(unittest.TestCase):
 
     def assert_bad_argument(self, argument: str, option: str = "") -> None:
         """Refused with exit status 2 and one line, which names the option."""
-        stderr = io.StringIO()
-        with self.subTest(argument), contextlib.redirect_stderr(stderr):
+        with self.subTest(argument), mock.patch.object(uvscpd.log, "put") as put:
             with self.assertRaises(SystemExit) as ending:
                 uvscpd.parse_arguments([argument])
             self.assertEqual(ending.exception.code, 2)
-            self.assertRegex(stderr.getvalue(), rf"\Auvscpd\.py: .*{option}.*\n\Z")
+            (_, line), = (call[0] for call in put.call_args_list)
+            self.assertRegex(line, rf"\Auvscpd\.py: .*{option}.*\Z")
 
 
 # =============================================================================
@@ -752,7 +757,180 @@ class FilterTest(unittest.TestCase):
 
 
 # =============================================================================
-# 6. Client: lines
+# 5. Names and values
+# =============================================================================
+# From a frame to its name and to what its data says.
+
+MEANINGS = (                            # CAN id # data; name; what the data says
+    # Nodes and registers.
+    ("00000205#05", "PROTOCOL NEW_NODE_ONLINE (0.2)", "node 5"),
+    ("00000305#", "PROTOCOL PROBE_ACK (0.3)", ""),
+    ("00000600#0506", "PROTOCOL SET_NICKNAME (0.6)", "node 5 becomes node 6"),
+    ("00000800#05", "PROTOCOL DROP_NICKNAME (0.8)", "node 5"),
+    ("00000800#052003", "PROTOCOL DROP_NICKNAME (0.8)", "node 5 flags 00100000 after 3 s"),
+    ("00000900#0510", "PROTOCOL READ_REGISTER (0.9)", "node 5 register 16"),
+    ("00000900#05", "PROTOCOL READ_REGISTER (0.9)", ""),
+    ("00000900#000510", "PROTOCOL READ_REGISTER (0.9)", ""),        # a nickname of 16 bits
+    ("00000A05#102A", "PROTOCOL RW_RESPONSE (0.10)", "register 16 = 42"),
+    ("00000B00#05102A", "PROTOCOL WRITE_REGISTER (0.11)", "node 5 register 16 = 42"),
+    ("00001800#050007", "PROTOCOL PAGE_READ (0.24)", "node 5 register 0 count 7"),
+    ("00001A05#01FF00", "PROTOCOL RW_PAGE_RESPONSE (0.26)", "frame 1: 255 0"),
+    ("00001B05#", "PROTOCOL HIGH_END_SERVER_PROBE (0.27)", ""),
+    ("00001B05#00C0A80114", "PROTOCOL HIGH_END_SERVER_PROBE (0.27)", "TCP/IP at 192.168.1.20"),
+    ("00001C00#8028C0A801082196", "PROTOCOL HIGH_END_SERVER_RESPONSE (0.28)",
+     "TCP/IP 192.168.1.8 port 8598, capabilities 8028"),
+    ("00002500#05000110", "PROTOCOL EXTENDED_PAGE_READ (0.37)", "node 5 page 1 register 16"),
+    ("00002500#050100D010", "PROTOCOL EXTENDED_PAGE_READ (0.37)",
+     "node 5 page 256 register 208 count 16"),
+    ("00002600#050000102A", "PROTOCOL EXTENDED_PAGE_WRITE (0.38)",
+     "node 5 page 0 register 16 = 42"),
+    ("00002600#05000010", "PROTOCOL EXTENDED_PAGE_WRITE (0.38)", ""),
+    ("00002705#0300011001020304", "PROTOCOL EXTENDED_PAGE_RESPONSE (0.39)",
+     "page 1 register 16 = 1 2 3 4, frame 3"),
+    # Who is there.
+    ("00001F00#", "PROTOCOL WHO_IS_THERE (0.31)", "all nodes"),
+    ("00001F00#FF", "PROTOCOL WHO_IS_THERE (0.31)", "all nodes"),
+    ("00001F00#05", "PROTOCOL WHO_IS_THERE (0.31)", "node 5"),
+    ("00002005#00FFFFFFFFFFFFFF", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)",
+     "frame 0, GUID FF:FF:FF:FF:FF:FF:FF"),
+    ("00002005#0207056578616D70", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)",
+     "frame 2, GUID 7:5, MDF examp"),
+    ("00002005#036C650A6F007800", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", "frame 3, MDF le.o.x"),
+    ("00002005#0600000000000000", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", "frame 6"),
+    ("00002005#00", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", ""),
+    ("00002A05#01", "PROTOCOL (0.42)", ""),
+    # Measurements: each coding, units by name and by number, nothing behind the coding.
+    ("0C0A0605#8A8100D7", "MEASUREMENT TEMPERATURE (10.6)", "21.5 C, sensor 2"),
+    ("0C0A0605#80858D", "MEASUREMENT TEMPERATURE (10.6)", "-0.00115 K, sensor 0"),
+    ("0C0A0605#90021B22", "MEASUREMENT TEMPERATURE (10.6)", "694600 F, sensor 0"),
+    ("0C0A0605#98000001", "MEASUREMENT TEMPERATURE (10.6)", "1, unit 3, sensor 0"),
+    ("0C0A0005#8080FF", "MEASUREMENT GENERAL (10.0)", "-1, sensor 0"),
+    ("0C0A0005#807F800000000000", "MEASUREMENT GENERAL (10.0)", "-1.40737488355328e+141, sensor 0"),
+    ("0C0A0005#80FF7FFFFFFFFFFF", "MEASUREMENT GENERAL (10.0)", "1.40737488355327e-113, sensor 0"),
+    ("0C0A0005#80037FFFFFFFFFFF", "MEASUREMENT GENERAL (10.0)", "1.40737488355327e+17, sensor 0"),
+    ("0C0A0005#8081", "MEASUREMENT GENERAL (10.0)", ""),
+    ("0C0A0005#80", "MEASUREMENT GENERAL (10.0)", ""),
+    ("0C0A0105#60FF", "MEASUREMENT COUNT (10.1)", "-1, sensor 0"),
+    ("0C0A0105#6780000000000000", "MEASUREMENT COUNT (10.1)", "-36028797018963968, sensor 7"),
+    ("0C0A0105#60", "MEASUREMENT COUNT (10.1)", ""),
+    ("0C0A0605#AE41838000", "MEASUREMENT TEMPERATURE (10.6)", "16.4375 C, sensor 6"),
+    ("0C0A1005#A041A8CCCD", "MEASUREMENT ELECTRICAL_POTENTIAL (10.16)", "21.1 V, sensor 0"),
+    ("0C0A1005#A07FC00000", "MEASUREMENT ELECTRICAL_POTENTIAL (10.16)", "nan V, sensor 0"),
+    ("0C0A1005#A0FF800000", "MEASUREMENT ELECTRICAL_POTENTIAL (10.16)", "-inf V, sensor 0"),
+    ("0C0A1005#A041A8CC", "MEASUREMENT ELECTRICAL_POTENTIAL (10.16)", ""),
+    ("0C0A2305#402D34352E35", "MEASUREMENT HUMIDITY (10.35)", "-45.5 %, sensor 0"),
+    ("0C0A2305#4031320A33", "MEASUREMENT HUMIDITY (10.35)", ""),
+    ("0C0A2305#40", "MEASUREMENT HUMIDITY (10.35)", ""),
+    ("0C0A0405#3807EA0B16172000", "MEASUREMENT TIME (10.4)",
+     "bytes 7 234 11 22 23 32 0, unit 3, sensor 0"),
+    ("0C0A0605#C0000000", "MEASUREMENT TEMPERATURE (10.6)", ""),    # no room for a double
+    ("0C0A0605#E001", "MEASUREMENT TEMPERATURE (10.6)", ""),
+    ("0C0A0605#", "MEASUREMENT TEMPERATURE (10.6)", ""),
+    ("0C0AFF05#6805", "MEASUREMENT (10.255)", "5, unit 1, sensor 0"),
+    ("0C0B0605#6805", "MEASUREMENTX1 (11.6)", "5, unit 1, sensor 0"),
+    ("0C0F0105#0105A0", "DATA IO (15.1)", "bits 00000101 10100000, sensor 1"),
+    # The same in classes without a coding byte, or with a zone before it.
+    ("0C3C0605#4072666666666666", "MEASUREMENT64 TEMPERATURE (60.6)", "294.4 K"),
+    ("0C3C0605#407266666666", "MEASUREMENT64 TEMPERATURE (60.6)", ""),
+    ("0C400605#FFEFFFFFFFFFFFFF", "MEASUREMENT64X4 (64.6)", "-1.79769313486232e+308"),
+    ("0C460605#43933333", "MEASUREMENT32 TEMPERATURE (70.6)", "294.4 K"),
+    ("0C460605#", "MEASUREMENT32 TEMPERATURE (70.6)", ""),
+    ("0C410605#010203898100D7", "MEASUREZONE TEMPERATURE (65.6)",
+     "21.5 C, index 1, zone 2, sub-zone 3"),
+    ("0C550605#00FFFF6015", "SETVALUEZONE TEMPERATURE (85.6)",
+     "21 K, index 0, all zones, all sub-zones"),
+    ("0C550605#010203", "SETVALUEZONE TEMPERATURE (85.6)", ""),
+    ("0C590605#0102036015", "SETVALUEZONEX4 (89.6)", "21, index 1, zone 2, sub-zone 3"),
+    # Zones, and what comes before them.
+    ("0C140305#000123", "INFORMATION ON (20.3)", "index 0, zone 1, sub-zone 35"),
+    ("0C140305#00", "INFORMATION ON (20.3)", "index 0"),
+    ("0C140305#", "INFORMATION ON (20.3)", ""),
+    ("0C140105#010123000B", "INFORMATION BUTTON (20.1)", "state 1, zone 1, sub-zone 35"),
+    ("0C140005#000123", "INFORMATION GENERAL (20.0)", ""),
+    ("0C142405#0001020304050607", "INFORMATION STREAM_DATA (20.36)", ""),
+    ("0C1E0500#FF01FF", "CONTROL TURNON (30.5)", "index 255, zone 1, all sub-zones"),
+    ("0C1E1400#3201FF", "CONTROL DIM_LAMPS (30.20)", "level 50, zone 1, all sub-zones"),
+    ("00010205#0401FF", "ALARM ALARM (1.2)", "alarm 4, zone 1, all sub-zones"),
+    ("04020905#000123", "SECURITY DOOR_OPEN (2.9)", "data 0, zone 1, sub-zone 35"),
+    # Only the class is known, or not even that.
+    ("0C5A0305#000123", "WEATHER (90.3)", ""),
+    ("1FFFFFFF#FFFFFFFFFFFFFFFF", "LOCAL (511.255)", ""),
+    ("0D900305#000123", "(400.3)", ""),
+)
+
+
+class MeaningTest(unittest.TestCase):
+    def test_frame_to_name_and_meaning(self) -> None:
+        for frame, name, meaning in MEANINGS:
+            with self.subTest(frame):
+                can_id, data = int(frame[:8], 16), bytes.fromhex(frame[9:])
+                self.assertEqual(uvscpd.event_name(can_id >> 16 & 511, can_id >> 8 & 255), name)
+                self.assertEqual(uvscpd.event_meaning(can_id, data), meaning)
+
+    def test_names_by_number(self) -> None:
+        # The last of each list, and those behind a gap: no name is missing or there twice.
+        for vscp_class, vscp_type, name in (
+                (0, 0, "PROTOCOL GENERAL"), (0, 41, "PROTOCOL GET_EVENT_INTEREST_RESPONSE"),
+                (0, 48, "PROTOCOL ACTIVATE_NEW_IMAGE_ACK"),
+                (0, 57, "PROTOCOL BOOT_LOADER_ABORT_NACK"), (1, 13, "ALARM RESET"),
+                (2, 37, "SECURITY VIBRATION_DETECTED"), (10, 65, "MEASUREMENT REACTIVE_ENERGY"),
+                (15, 6, "DATA SIGNAL_QUALITY"), (20, 9, "INFORMATION NODE_HEARTBEAT"),
+                (20, 88, "INFORMATION PROXIMITY_DETECTED"), (30, 53, "CONTROL DECREMENT")):
+            with self.subTest(name):
+                self.assertEqual(uvscpd.event_name(vscp_class, vscp_type),
+                                 f"{name} ({vscp_class}.{vscp_type})")
+        classes = [number for number in range(512)
+                   if not uvscpd.event_name(number, 255).startswith("(")]
+        self.assertEqual(classes, [
+            0, 1, 2, *range(10, 16), 20, 30, 40, 50, *range(60, 75), *range(85, 91), 95, 100, 102,
+            110, 120, 206, 212, 506, 508, 509, 510, 511])
+
+    def test_any_frame_gives_one_line(self) -> None:
+        rng = random.Random(1)
+        known = [number for number in range(512) if uvscpd.look_up(number, 0)[0]]
+        frames = [(vscp_class << 16 | vscp_type << 8, bytes(length))
+                  for vscp_class in known for vscp_type in range(256) for length in (0, 1, 8)]
+        for _ in range(50000):
+            vscp_class = rng.choice((0, 10, 65, rng.choice(known), rng.randrange(512)))
+            frames.append((rng.getrandbits(29) & 0x1E00FFFF | vscp_class << 16,
+                           bytes(rng.getrandbits(8) for _ in range(rng.randrange(9)))))
+        for can_id, data in frames:
+            line = uvscpd.event_row("can0", can_id, data)
+            if not re.fullmatch("[ -~]+", line):
+                self.fail(f"{can_id:08X}#{data.hex()}: {line!r}")
+
+    def test_row(self) -> None:
+        for frame, source, row in (
+                ("0C0A0605#8A8100D7", "can0",
+                 "can0      * 0C0A0605  MEASUREMENT TEMPERATURE (10.6) "
+                 "node 5 p3   8A 81 00 D7  21.5 C, sensor 2"),
+                ("02000900#0510", "hass", "hass      * 02000900  PROTOCOL READ_REGISTER (0.9)   "
+                 "host p0 hard 05 10        node 5 register 16"),
+                ("1D9003FF#", "can0", "can0      * 1D9003FF  (400.3)                        "
+                 "node 255 p7")):
+            with self.subTest(frame):
+                self.assertEqual(uvscpd.event_row(source, int(frame[:8], 16),
+                                                  bytes.fromhex(frame[9:])), row)
+
+    def test_error_frames(self) -> None:
+        for can_id, data, text in (
+                (0x040, "", "bus off"), (0x020, "0000", "nobody acknowledges"),
+                (0x004, "0020", "controller (transmit passive)"),
+                (0x204, "000C", "controller (receive warning, transmit warning)"),
+                (0x088, "00FF", "protocol violation, bus error"), (0x800, "", "unknown")):
+            with self.subTest(text):
+                self.assertEqual(uvscpd.error_meaning(can_id, bytes.fromhex(data)), text)
+
+    def test_durations_and_counts(self) -> None:
+        for seconds, text in ((0.9, "0 s"), (59, "59 s"), (60, "1 min"), (61, "1 min 1 s"),
+                              (3600, "1 h"), (90061, "1 d 1 h"), (86400, "1 d")):
+            self.assertEqual(uvscpd.duration_text(seconds), text)
+        self.assertEqual([uvscpd.counted(number, "frame") for number in (0, 1, 2)],
+                         ["0 frames", "1 frame", "2 frames"])
+
+
+# =============================================================================
+# 7. Client: lines
 # =============================================================================
 # From bytes to command lines.
 
@@ -818,7 +996,7 @@ class LineTest(DaemonTestCase):
 
 
 # =============================================================================
-# 7. Commands
+# 8. Commands
 # =============================================================================
 # Each row of the protocol's table: names, arguments, replies.
 
@@ -1153,8 +1331,11 @@ class AccessTest(OwnDaemonTestCase):
         peer.expect("+OK - no user configured", WRONG, NOT_ALLOWED, "+OK", ALLOWED)
 
     def test_wrong_logins_are_slow_and_five_are_enough(self) -> None:
-        daemon = self.start("-U", "Admin", "-P", "secRet", "--guest", "0", ip="")
-        a, b = self.connect(daemon), self.connect(daemon, "127.0.0.2")
+        daemon = self.start("-U", "Admin", "-P", "secRet", "--guest", "0")
+        a = self.connect(daemon)
+        with mock.patch("socket.create_connection", functools.partial(
+                socket.create_connection, source_address=("127.0.0.2", 0))):
+            b = self.connect(daemon)
         begin = time.monotonic()
         names = ["Admin", "admin", "root", "hass", "Admin"]
         a.send(*(line for number, name in enumerate(names)
@@ -1357,7 +1538,7 @@ nobody   nothing     0
 
 
 # =============================================================================
-# 5. Bus
+# 6. Bus
 # =============================================================================
 # Room on the virtual bus, and who sent the frames that come back.
 
@@ -1428,7 +1609,7 @@ SENDERS = {name: Sender() for name in "ABC"}
 
 
 # =============================================================================
-# 6. Client
+# 7. Client
 # =============================================================================
 # How connections begin and end.
 
@@ -1473,7 +1654,7 @@ class ClientTest(DaemonTestCase):
 
 
 # =============================================================================
-# 8. Daemon
+# 9. Daemon
 # =============================================================================
 # Who gets which event, and the limits.
 
@@ -1732,10 +1913,11 @@ class ServiceTest(OwnDaemonTestCase):
                     sock.settimeout(TIMEOUT)
                     name = address or "@" + sock.getsockname()[1:].decode()
                     daemon = self.start(NOTIFY_SOCKET=name, WATCHDOG_USEC="200000")
-                    self.await_texts(sock, f"READY=1\nSTATUS={BUS}: OK, 0 clients", "WATCHDOG=1",
-                                     "WATCHDOG=1")
+                    self.await_texts(
+                        sock, f"READY=1\nSTATUS={BUS}: OK, 0 clients, 0 frames, 0 lost",
+                        "WATCHDOG=1", "WATCHDOG=1")
                     self.connect(daemon)
-                    self.await_texts(sock, f"READY=1\nSTATUS={BUS}: OK, 1 clients")
+                    self.await_texts(sock, f"READY=1\nSTATUS={BUS}: OK, 1 client, 0 frames, 0 lost")
                     daemon.stop()
                     self.await_texts(sock, "STOPPING=1")
 
@@ -1863,7 +2045,7 @@ class NodeTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 9. Options, 10. Start and end
+# 10. Options, 11. Start and end
 # =============================================================================
 # Arguments, exit status, messages, signals, detaching.
 
@@ -3377,12 +3559,12 @@ class TroubleTest(OwnDaemonTestCase):
         client.stream_at = daemon.now
         lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
         while len(client.fifo) < 50000:
-            client.put(lines, "".join(lines).encode())
+            client.put(lines, "".join(lines).encode(), 4000)
         client.turn()
         other_end.sendall(b"quitloop\n")
         for _ in range(500):
             if client.stream_at < uvscpd.NEVER:
-                client.put(lines, "".join(lines).encode())
+                client.put(lines, "".join(lines).encode(), 4000)
                 other_end.recv(1 << 16)
                 for key, mask in daemon.selector.select(0):
                     key.data(mask)
@@ -4021,10 +4203,12 @@ def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
             if kind == "daemon" and interface:
                 node = start(run_node, interface)
                 read_until(node.stdout, "ready")
-                alone, other = relay.clients[0], relay.connect(receive=False)
-                for row, register, asker in zip(FIGURES, (0, 0, 1, 2), (alone, other, other, other)):
+                asker = relay.clients[0]
+                for row, register in zip(FIGURES, (0, 0, 1, 2)):
                     relay.question_us(10, register, asker)
                     note(row[0], relay.question_us(rounds, register, asker))
+                    if asker is relay.clients[0]:       # from now on one sends, one receives
+                        asker = relay.connect(receive=False)
                 end(node)
         elif count == 5:
             note("lone frame, last of 5", relay.lone_frame_us(rounds))

@@ -21,9 +21,9 @@ A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
     quit
     +OK - bye
 
-Read the file from top to bottom. Sections 2 to 4 are pure: text and bytes in,
-values out. The bus is section 5, a connection section 6, what a client can ask
-for section 7, and the loop that joins them section 8. Sections 9 and 10 are the
+Read the file from top to bottom. Sections 2 to 5 are pure: text and bytes in,
+values out. The bus is section 6, a connection section 7, what a client can ask
+for section 8, and the loop that joins them section 9. Sections 10 and 11 are the
 command line, the start and the end.
 """
 
@@ -136,6 +136,8 @@ STOPPING_S = 0.5                # the same when the daemon ends
 MOST_LEAVING = 100              # connections that linger at the same time
 PEER_GONE_S = 300               # a peer that has acknowledged nothing for so long is gone
 PEER_CHECK_S = 10
+COMPLAIN_S = 3600               # a client that loses events is logged once per hour
+STATUS_S = 10                   # how often systemd gets new numbers
 SPARE_DESCRIPTORS = 20          # needed besides those of the clients
 ACCEPT_PAUSE_S = 1.0            # after running out of descriptors
 
@@ -200,9 +202,9 @@ class Log:
             return False
         return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
-    def write(self, priority: int, text: str) -> None:
+    def write(self, priority: int, text: str, time_us: int = 0) -> None:
         if self.debugging:
-            text = f"{clock_text(time.time())} {text}"
+            text = f"{clock_text(time_us or time.time_ns() // 1000)} {text}"
         for line in text.splitlines():
             if self.lost and self.put(LOG_WARNING, f"{self.lost} messages could not be logged"):
                 self.lost = 0
@@ -215,11 +217,12 @@ class Log:
             if self.syslog:
                 stamp = time.strftime("%b %e %H:%M:%S")
                 self.syslog.sendto(f"<{LOG_DAEMON | priority}>{stamp} uvscpd[{os.getpid()}]: {line}"
-                                   .encode(), "/dev/log")
+                                   .encode(errors="backslashreplace"), "/dev/log")
                 return True
             text = f"<{priority}>{line}\n" if self.journal else f"{line}\n"
             # With room for a byte a pipe has room for a page, which a line never fills.
-            return bool(select.select([], [2], [], 0)[1]) and os.write(2, text.encode()) > 0
+            room = select.select([], [2], [], 0)[1]
+            return bool(room) and os.write(2, text.encode(errors="backslashreplace")) > 0
         except (OSError, ValueError):
             return False            # write() counts it; there is nobody to tell
 
@@ -227,17 +230,39 @@ class Log:
     warning = partialmethod(write, LOG_WARNING)
     info = partialmethod(write, LOG_INFO)
 
-    def debug(self, text: str) -> None:
+    def debug(self, text: str, time_us: int = 0) -> None:
+        """Log a line of -d, with the present time of day or the one given."""
         if self.debugging:
-            self.write(LOG_DEBUG, text)
+            self.write(LOG_DEBUG, text, time_us)
 
 
 log = Log()
 
 
-def clock_text(seconds: float) -> str:
-    """The local time of day to the microsecond, of seconds since 1970."""
-    return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{int(seconds % 1 * 1e6):06d}"
+def clock_text(time_us: int) -> str:
+    """The local time of day, of microseconds since 1970."""
+    clock = time.strftime("%H:%M:%S", time.localtime(time_us // 1000000))
+    return f"{clock}.{time_us % 1000000:06d}"
+
+
+def counted(number: int, thing: str) -> str:
+    """So many things: `1 frame`, `2 frames`."""
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
+def duration_text(seconds: float) -> str:
+    """How long, in the two largest units.
+
+    >>> duration_text(5), duration_text(11525), duration_text(90000)
+    ('5 s', '3 h 12 min', '1 d 1 h')
+    """
+    parts: list[str] = []
+    rest = int(seconds)
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if rest >= unit or name == "s" and not parts:
+            parts.append(f"{rest // unit} {name}")
+            rest %= unit
+    return " ".join(parts[:2])
 
 
 def traceback_text(error: BaseException) -> str:
@@ -430,19 +455,27 @@ def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> li
     ['352,20,3,0,,1795390139810025000,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
     """
     lines = []
+    byte_text, date, date_of = BYTE_TEXT, "", -1
     for can_id, data, seconds, nanoseconds, sender in frames:
-        obid = sender.channel_id if sender else 0
-        text = "".join([BYTE_TEXT[byte] for byte in data])
         if in_ns:
             before, nickname = id_text(can_id, 0x100)
             timestamp = seconds * 1000000000 + nanoseconds
-            lines.append(f"{before}{obid},,{timestamp},{guid}{nickname}{text}\r\n")
         else:
             before, nickname = id_text(can_id)
             timestamp = seconds * 1000000 + nanoseconds // 1000 & 0xFFFFFFFF
-            lines.append(f"{before}{obid},{utc_text(seconds)}Z,{timestamp},{guid}{nickname}"
-                         f"{text}\r\n")
+            if seconds != date_of:
+                date, date_of = utc_text(seconds) + "Z", seconds
+        lines.append(f"{before}{sender.channel_id if sender else 0},{date},{timestamp},{guid}"
+                     f"{nickname}{''.join([byte_text[byte] for byte in data])}\r\n")
     return lines
+
+
+def can_size(lines: list[str], block: bytes) -> int:
+    """How many bytes event lines, also given as one block, have on CAN: 4 for the id, and data.
+
+    A line has 6 commas and one for each byte of data.
+    """
+    return block.count(b",") - 2 * len(lines)
 
 
 # =============================================================================
@@ -522,7 +555,313 @@ def pack_filters(wanted: Iterable[tuple[int, int]]) -> bytes:
 
 
 # =============================================================================
-# 5. Bus
+# 5. Names and values
+# =============================================================================
+# What an event says, for people who watch the bus with -d: from a frame to one line
+# of printable ASCII. The protocol needs none of it, so the tables stay text until
+# one is first looked at.
+
+# Names are numbered from 0, or from the number before them. Behind a `=`:
+# - in MEASUREMENT, the units 0, 1 ... of the type, where they are sure;
+# - elsewhere, what data byte 0 is when bytes 1 and 2 are zone and sub-zone; `-` when they are not.
+#   What a class has there holds for its types that have nothing.
+# Sources: vscp-class.h and vscp-type.h of the VSCP project; VSCP specification, page of each class.
+EVENT_NAMES = """
+CLASS: PROTOCOL ALARM=state SECURITY=data 10 MEASUREMENT MEASUREMENTX1 MEASUREMENTX2 MEASUREMENTX3
+    MEASUREMENTX4 DATA 20 INFORMATION=index 30 CONTROL=index 40 MULTIMEDIA 50 AOL 60 MEASUREMENT64
+    MEASUREMENT64X1 MEASUREMENT64X2 MEASUREMENT64X3 MEASUREMENT64X4 MEASUREZONE MEASUREZONEX1
+    MEASUREZONEX2 MEASUREZONEX3 MEASUREZONEX4 MEASUREMENT32 MEASUREMENT32X1 MEASUREMENT32X2
+    MEASUREMENT32X3 MEASUREMENT32X4 85 SETVALUEZONE SETVALUEZONEX1 SETVALUEZONEX2 SETVALUEZONEX3
+    SETVALUEZONEX4 WEATHER 95 WEATHER_FORECAST 100 PHONE 102 DISPLAY 110 IR 120 CONFIGURATION 206
+    GNSS 212 WIRELESS 506 DIAGNOSTIC 508 ERROR LOG LABORATORY LOCAL
+PROTOCOL: GENERAL SEGCTRL_HEARTBEAT NEW_NODE_ONLINE PROBE_ACK RESERVED4 RESERVED5 SET_NICKNAME
+    NICKNAME_ACCEPTED DROP_NICKNAME READ_REGISTER RW_RESPONSE WRITE_REGISTER ENTER_BOOT_LOADER
+    ACK_BOOT_LOADER NACK_BOOT_LOADER START_BLOCK BLOCK_DATA BLOCK_DATA_ACK BLOCK_DATA_NACK
+    PROGRAM_BLOCK_DATA PROGRAM_BLOCK_DATA_ACK PROGRAM_BLOCK_DATA_NACK ACTIVATE_NEW_IMAGE
+    RESET_DEVICE PAGE_READ PAGE_WRITE RW_PAGE_RESPONSE HIGH_END_SERVER_PROBE
+    HIGH_END_SERVER_RESPONSE INCREMENT_REGISTER DECREMENT_REGISTER WHO_IS_THERE
+    WHO_IS_THERE_RESPONSE GET_MATRIX_INFO GET_MATRIX_INFO_RESPONSE GET_EMBEDDED_MDF
+    GET_EMBEDDED_MDF_RESPONSE EXTENDED_PAGE_READ EXTENDED_PAGE_WRITE EXTENDED_PAGE_RESPONSE
+    GET_EVENT_INTEREST GET_EVENT_INTEREST_RESPONSE 48 ACTIVATE_NEW_IMAGE_ACK
+    ACTIVATE_NEW_IMAGE_NACK START_BLOCK_ACK START_BLOCK_NACK BLOCK_CHUNK_ACK BLOCK_CHUNK_NACK
+    BOOT_LOADER_CHECK BOOT_LOADER_ABORT BOOT_LOADER_ABORT_ACK BOOT_LOADER_ABORT_NACK
+ALARM: GENERAL=- WARNING ALARM=alarm SOUND LIGHT POWER EMERGENCY_STOP EMERGENCY_PAUSE
+    EMERGENCY_RESET EMERGENCY_RESUME ARM DISARM WATCHDOG=index RESET=alarm
+SECURITY: GENERAL=- MOTION GLASS_BREAK BEAM_BREAK SENSOR_TAMPER SHOCK_SENSOR SMOKE_SENSOR
+    HEAT_SENSOR PANIC_SWITCH DOOR_OPEN WINDOW_OPEN CO_SENSOR FROST_DETECTED FLAME_DETECTED
+    OXYGEN_LOW WEIGHT_DETECTED WATER_DETECTED CONDENSATION_DETECTED SOUND_DETECTED
+    HARMFUL_SOUND_LEVEL TAMPER AUTHENTICATED UNAUTHENTICATED AUTHORIZED UNAUTHORIZED ID_CHECK
+    PIN_OK PIN_FAIL PIN_WARNING PIN_ERROR PASSWORD_OK PASSWORD_FAIL PASSWORD_WARNING PASSWORD_ERROR
+    GAS_SENSOR IN_MOTION_DETECTED NOT_IN_MOTION_DETECTED VIBRATION_DETECTED
+MEASUREMENT: GENERAL COUNT LENGTH=m MASS=kg TIME=s,ms ELECTRIC_CURRENT=A TEMPERATURE=K,C,F
+    AMOUNT_OF_SUBSTANCE=mol INTENSITY_OF_LIGHT=cd FREQUENCY=Hz RADIOACTIVITY=Bq,Ci FORCE=N
+    PRESSURE=Pa,bar,psi ENERGY=J,kWh,Wh,eV POWER=W ELECTRICAL_CHARGE=C ELECTRICAL_POTENTIAL=V
+    ELECTRICAL_CAPACITANCE=F ELECTRICAL_RESISTANCE=ohm ELECTRICAL_CONDUCTANCE=S
+    MAGNETIC_FIELD_STRENGTH=A/m,Oe MAGNETIC_FLUX=Wb MAGNETIC_FLUX_DENSITY=T,G INDUCTANCE=H
+    FLUX_OF_LIGHT=lm ILLUMINANCE=lx RADIATION_DOSE_ABSORBED=Gy CATALYTIC_ACITIVITY=kat
+    VOLUME=m3,l,ml,dl SOUND_INTENSITY=W/m2 ANGLE=rad,deg,arcmin,arcsec POSITION SPEED=m/s,km/h,mph
+    ACCELERATION=m/s2 TENSION=N/m HUMIDITY=% FLOW=m3/s,l/s THERMAL_RESISTANCE=K/W
+    REFRACTIVE_POWER=dpt DYNAMIC_VISCOSITY=Pa*s,Pl,P SOUND_IMPEDANCE=Pa*s/m
+    SOUND_RESISTANCE=Pa*s/m3 ELECTRIC_ELASTANCE=1/F LUMINOUS_ENERGY=lm*s LUMINANCE=cd/m2
+    CHEMICAL_CONCENTRATION_MOLAR=mol/m3,ppm,% CHEMICAL_CONCENTRATION_MASS=kg/m3 RESERVED47
+    RESERVED48 DEWPOINT=K,C,F RELATIVE_LEVEL ALTITUDE=m,ft,in AREA=m2,a,ha,km2
+    RADIANT_INTENSITY=W/sr RADIANCE=W/sr/m2 IRRADIANCE=W/m2 SPECTRAL_RADIANCE
+    SPECTRAL_IRRADIANCE=W/m2/nm,W/m3,W/m2/Hz SOUND_PRESSURE=Pa SOUND_DENSITY SOUND_LEVEL=dB
+    DOSE_EQVIVALENT=Sv,rem RADIATION_DOSE_EXPOSURE=C/kg,R POWER_FACTOR REACTIVE_POWER=var
+    REACTIVE_ENERGY=kvarh
+DATA: GENERAL IO AD DA RELATIVE_STRENGTH SIGNAL_LEVEL SIGNAL_QUALITY
+INFORMATION: GENERAL=- BUTTON=state MOUSE=mode ON OFF ALIVE TERMINATING OPENED CLOSED
+    NODE_HEARTBEAT BELOW_LIMIT ABOVE_LIMIT PULSE ERROR RESUMED PAUSED SLEEP GOOD_MORNING GOOD_DAY
+    GOOD_AFTERNOON GOOD_EVENING GOOD_NIGHT SEE_YOU_SOON GOODBYE STOP START RESET_COMPLETED
+    INTERRUPTED PREPARING_TO_SLEEP WOKEN_UP DUSK DAWN ACTIVE INACTIVE BUSY IDLE STREAM_DATA=-
+    TOKEN_ACTIVITY=token STREAM_DATA_WITH_ZONE=- CONFIRM=- LEVEL_CHANGED=level WARNING STATE
+    ACTION_TRIGGER=action SUNRISE SUNSET START_OF_RECORD=record END_OF_RECORD=record PRESET_ACTIVE
+    DETECT OVERFLOW BIG_LEVEL_CHANGED SUNRISE_TWILIGHT_START SUNSET_TWILIGHT_START
+    NAUTICAL_SUNRISE_TWILIGHT_START NAUTICAL_SUNSET_TWILIGHT_START
+    ASTRONOMICAL_SUNRISE_TWILIGHT_START ASTRONOMICAL_SUNSET_TWILIGHT_START CALCULATED_NOON
+    SHUTTER_UP SHUTTER_DOWN SHUTTER_LEFT SHUTTER_RIGHT SHUTTER_END_TOP SHUTTER_END_BOTTOM
+    SHUTTER_END_MIDDLE SHUTTER_END_PRESET SHUTTER_END_LEFT SHUTTER_END_RIGHT LONG_CLICK
+    SINGLE_CLICK DOUBLE_CLICK DATE TIME WEEKDAY LOCK UNLOCK DATETIME RISING FALLING UPDATED CONNECT
+    DISCONNECT RECONNECT ENTER EXIT INCREMENTED DECREMENTED PROXIMITY_DETECTED
+CONTROL: GENERAL=- MUTE=state ALL_LAMPS=state OPEN CLOSE TURNON TURNOFF START STOP RESET
+    INTERRUPT=level SLEEP WAKEUP RESUME PAUSE ACTIVATE DEACTIVATE TURN_ALL_OFF TURN_ALL_ON
+    TURN_ALL_X DIM_LAMPS=level CHANGE_CHANNEL=channel CHANGE_LEVEL=level
+    RELATIVE_CHANGE_LEVEL=level MEASUREMENT_REQUEST STREAM_DATA=- SYNC=sensor
+    ZONED_STREAM_DATA=sequence SET_PRESET=preset TOGGLE_STATE TIMED_PULSE_ON TIMED_PULSE_OFF
+    SET_COUNTRY_LANGUAGE=code BIG_CHANGE_LEVEL SHUTTER_UP SHUTTER_DOWN SHUTTER_LEFT SHUTTER_RIGHT
+    SHUTTER_MIDDLE SHUTTER_PRESET ALL_LAMPS_ON ALL_LAMPS_OFF LOCK UNLOCK PWM=repeats TOKEN_LOCK
+    TOKEN_UNLOCK SET_SECURITY_LEVEL=level SET_SECURITY_PIN SET_SECURITY_PASSWORD SET_SECURITY_TOKEN
+    REQUEST_SECURITY_TOKEN INCREMENT DECREMENT
+"""
+
+# Class 0: types, the struct format of the data (`*`: at least one more byte), what it says.
+# Source: VSCP specification, CLASS1.PROTOCOL.
+PROTOCOL_DATA = """
+2,33,35,40 B node {}
+6 BB node {} becomes node {}
+8 B node {}
+8 BB node {} flags {:08b}
+8 BBB node {} flags {:08b} after {} s
+9,29,30 BB node {} register {}
+10 BB register {} = {}
+11 BBB node {} register {} = {}
+24 BBB node {} register {} count {}
+25 BB* node {} register {} = {}
+26 B* frame {}: {}
+27 xBBBB TCP/IP at {}.{}.{}.{}
+28 HBBBBH TCP/IP {1}.{2}.{3}.{4} port {5}, capabilities {0:04X}
+31 B node {}
+37 BHB node {} page {} register {}
+37 BHBB node {} page {} register {} count {}
+38 BHB* node {} page {} register {} = {}
+39 BHB* page {1} register {2} = {3}, frame {0}
+"""
+
+
+@lru_cache(maxsize=None)
+def event_names() -> dict[tuple[str, int], tuple[str, str]]:
+    """EVENT_NAMES by list and number: the name, and what stands behind its `=`.
+
+    >>> event_names()["MEASUREMENT", 6], event_names()["CLASS", 511]
+    (('TEMPERATURE', 'K,C,F'), ('LOCAL', ''))
+    """
+    names = {}
+    for word in EVENT_NAMES.split():
+        if word.endswith(":"):
+            title, number = word[:-1], 0
+        elif word.isdigit():
+            number = int(word)
+        else:
+            name, _, note = word.partition("=")
+            names[title, number] = name, note
+            number += 1
+    return names
+
+
+@lru_cache(maxsize=1024)
+def look_up(vscp_class: int, vscp_type: int) -> tuple[str, str, str]:
+    """The names of a class and a type, and what is noted on the type; "" for what is unknown.
+
+    Classes 60, 65, 70 and 85 have the types of class 10; those of 11-14, and so of
+    61-64 and the like, are further types (VSCP specification, Measurements).
+
+    >>> look_up(65, 6), look_up(20, 3), look_up(90, 3)
+    (('MEASUREZONE', 'TEMPERATURE', 'K,C,F'), ('INFORMATION', 'ON', 'index'), ('WEATHER', '', ''))
+    """
+    class_name, class_note = event_names().get(("CLASS", vscp_class), ("", ""))
+    title = "MEASUREMENT" if vscp_class in (60, 65, 70, 85) else class_name
+    type_name, type_note = event_names().get((title, vscp_type), ("", ""))
+    return class_name, type_name, type_note or class_note
+
+
+def event_name(vscp_class: int, vscp_type: int) -> str:
+    """The names of a class and a type, as far as they are known, and their numbers.
+
+    >>> event_name(20, 3), event_name(90, 3), event_name(400, 3)
+    ('INFORMATION ON (20.3)', 'WEATHER (90.3)', '(400.3)')
+    """
+    class_name, type_name, _ = look_up(vscp_class, vscp_type)
+    return " ".join(filter(None, (class_name, type_name, f"({vscp_class}.{vscp_type})")))
+
+
+def coded_value(coding: int, value: bytes) -> str:
+    """The value in the bytes behind a data coding byte, whose bits 7-5 are their format.
+
+    Raises ValueError or struct.error when they are not in that format. A float is shown to 7
+    digits, a double to 15; a normalized integer has at most 15. Source: VSCP specification,
+    Measurements, "VSCP data coding".
+
+    >>> coded_value(0x80, bytes.fromhex("8100D7")), coded_value(0x80, bytes.fromhex("021B22"))
+    ('21.5', '694600')
+    """
+    form = coding >> 5
+    if form == 5:
+        return f"{struct.unpack('>f', value)[0]:.7g}"
+    if form == 6:
+        return f"{struct.unpack('>d', value)[0]:.15g}"
+    if form == 0 and value:
+        return "bits " + " ".join(f"{byte:08b}" for byte in value)
+    if form == 1 and value:
+        return "bytes " + " ".join(map(str, value))
+    if form == 2 and re.fullmatch(b"[-+.0-9eE]+", value):
+        return value.decode()
+    if form == 3 and value:
+        return str(int.from_bytes(value, "big", signed=True))
+    if form == 4 and len(value) > 1:
+        # Byte 0: how many places to shift the decimal point; to the left if bit 7 is set.
+        places = (value[0] & 0x7F) * (-1 if value[0] & 0x80 else 1)
+        number = int.from_bytes(value[1:], "big", signed=True)
+        return f"{float(f'{number}e{places}'):.15g}"
+    raise ValueError("not in the format of the data coding")
+
+
+def measured(units: str, coding: int, value: bytes) -> str:
+    """As coded_value, with the unit (bits 4-3 of the coding): its name, or its number if not 0.
+
+    >>> measured("K,C,F", 0x8A, bytes.fromhex("8100D7")), measured("", 0x68, b"\\xFF")
+    ('21.5 C', '-1, unit 1')
+    """
+    text, number = coded_value(coding, value), coding >> 3 & 3
+    known = units.split(",") if units else []
+    if number < len(known):
+        return f"{text} {known[number]}"
+    return f"{text}, unit {number}" if number else text
+
+
+def zone_text(first: str, data: bytes) -> str:
+    """What data bytes 0-2 say, as far as they are there: `first`, zone, sub-zone; 255 is all.
+
+    >>> zone_text("level", bytes([50, 1, 255, 7]))
+    'level 50, zone 1, all sub-zones'
+    """
+    return ", ".join(f"all {word}s" if byte == 255 and word != first else f"{word} {byte}"
+                     for word, byte in zip((first, "zone", "sub-zone"), data))
+
+
+@lru_cache(maxsize=None)
+def protocol_layout(vscp_type: int, length: int) -> tuple[struct.Struct, str]:
+    """The row of PROTOCOL_DATA for a type with this many data bytes, or an empty row.
+
+    >>> protocol_layout(38, 6)[1]
+    'node {} page {} register {} = {}'
+    """
+    for row in PROTOCOL_DATA.strip().splitlines():
+        types, form, text = row.split(None, 2)
+        layout = struct.Struct(">" + form.rstrip("*"))
+        fits = length > layout.size if form.endswith("*") else length == layout.size
+        if fits and str(vscp_type) in types.split(","):
+            return layout, text
+    return struct.Struct(""), ""
+
+
+def protocol_meaning(vscp_type: int, data: bytes) -> str:
+    """What the data of an event of class 0 says.
+
+    >>> protocol_meaning(11, bytes([5, 16, 42])), protocol_meaning(31, b"")
+    ('node 5 register 16 = 42', 'all nodes')
+    """
+    if vscp_type == 31 and data in (b"", b"\xFF"):
+        return "all nodes"
+    if vscp_type == 32 and len(data) > 1:
+        # Seven frames, each its number and what is next of 16 bytes of GUID, 32 of the address
+        # of the node's description (MDF), and a zero.
+        guid_size = max(0, 16 - 7 * data[0])
+        guid, mdf = data[1:][:guid_size], data[1:][guid_size:].rstrip(b"\0")
+        mdf_text = "".join(chr(byte) if 0x20 <= byte <= 0x7E else "." for byte in mdf)
+        return (f"frame {data[0]}" + (f", GUID {format_guid(guid)}" if guid else "")
+                + (f", MDF {mdf_text}" if mdf else ""))
+    layout, text = protocol_layout(vscp_type, len(data))
+    return text.format(*layout.unpack_from(data), " ".join(map(str, data[layout.size:])))
+
+
+def event_meaning(can_id: int, data: bytes) -> str:
+    """What the data (0-8 bytes) of an event says; "" if that is unknown or the data malformed.
+
+    Source: VSCP specification, the page of each class, "Data format".
+
+    >>> event_meaning(0x0C0A0605, bytes.fromhex("8A8100D7"))
+    '21.5 C, sensor 2'
+    """
+    vscp_class, vscp_type = can_id >> 16 & 0x1FF, can_id >> 8 & 0xFF
+    note = look_up(vscp_class, vscp_type)[2]
+    try:
+        if vscp_class == 0:
+            return protocol_meaning(vscp_type, data)
+        if 10 <= vscp_class <= 15:
+            return f"{measured(note, data[0], data[1:])}, sensor {data[0] & 7}"
+        if 60 <= vscp_class <= 64:
+            return measured(note, 0xC0, data)       # a double
+        if 70 <= vscp_class <= 74:
+            return measured(note, 0xA0, data)       # a float
+        if 65 <= vscp_class <= 69 or 85 <= vscp_class <= 89:
+            return f"{measured(note, data[3], data[4:])}, {zone_text('index', data)}"
+    except (ValueError, IndexError, struct.error):
+        return ""
+    return zone_text(note, data) if note.isalpha() else ""
+
+
+ERROR_CLASSES = {
+    0x001: "transmit timeout", 0x002: "lost arbitration", 0x004: "controller",
+    0x008: "protocol violation", 0x010: "transceiver", 0x020: "nobody acknowledges",
+    0x040: "bus off", 0x080: "bus error", 0x100: "restarted",
+}
+CONTROLLER_STATES = {
+    0x01: "receive overflow", 0x02: "transmit overflow", 0x04: "receive warning",
+    0x08: "transmit warning", 0x10: "receive passive", 0x20: "transmit passive", 0x40: "active",
+}
+
+
+def error_meaning(can_id: int, data: bytes) -> str:
+    """What an error frame says (linux/can/error.h).
+
+    >>> error_meaning(0x24, bytes([0, 0x20, 0, 0, 0, 0, 0, 0]))
+    'controller, nobody acknowledges (transmit passive)'
+    """
+    text = ", ".join(text for bit, text in ERROR_CLASSES.items() if can_id & bit)
+    states = [state for bit, state in CONTROLLER_STATES.items()
+              if can_id & ERR_CRTL and data[1:] and data[1] & bit]
+    return (text or "unknown") + (f" ({', '.join(states)})" if states else "")
+
+
+def event_row(source: str, can_id: int, data: bytes) -> str:
+    """The line that shows an event: where it came from, CAN id, names, sender, data, meaning.
+
+    The sender is a node's nickname or the host, with its priority, 0 the highest.
+    Columns line up for names of up to 30 characters and 4 bytes of data.
+
+    >>> event_row("can0", 0x0C140305, bytes([0, 1, 35]))[:80]
+    'can0      * 0C140305  INFORMATION ON (20.3)          node 5 p3   00 01 23     in'
+    """
+    name = event_name(can_id >> 16 & 0x1FF, can_id >> 8 & 0xFF)
+    node = f"node {can_id & 0xFF}" if can_id & 0xFF else "host"
+    who = f"{node} p{can_id >> 26}" + " hard" * (can_id >> 25 & 1)
+    data_text = " ".join(f"{byte:02X}" for byte in data)
+    return (f"{source:<9} * {can_id:08X}  {name:<30} {who:<11} {data_text:<12} "
+            f"{event_meaning(can_id, data)}").rstrip()
+
+
+# =============================================================================
+# 6. Bus
 # =============================================================================
 # Takes and gives frames, and knows how the bus is doing. Knows nothing of
 # clients, but for remembering who sent which frame. OSError ends here.
@@ -592,6 +931,7 @@ class Bus:
         self.went = False                   # frames under way are lost, what has come is to be read
         self.bus_offs = self.warnings = 0   # since the daemon was started
         self.overruns = 0                   # frames that the kernel or the controller dropped
+        self.errors = 0                     # error frames, counted with -d only
         self.dropped = 0                    # the kernel's running total for this socket
         self.unpack_time = TIMESTAMP[SO_TIMESTAMPNS_NEW].unpack
         self.open()
@@ -634,7 +974,7 @@ class Bus:
         """Set what does not depend on the clients."""
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
-        sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER,
+        sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER, EFF_MASK if log.debugging else
                         ERR_TX_TIMEOUT | ERR_CRTL | ERR_ACK | ERR_BUSOFF | ERR_RESTARTED)
         # The smallest there is, a few frames: narrower than the transmit queue, so that poll
         # can tell when there is room.
@@ -792,7 +1132,7 @@ class Bus:
         self.own.extend(own)
         try:
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
-                                 pack_filters(self.filters))
+                                 FILTER.pack(0, 0) if log.debugging else pack_filters(filters))
         except OSError:
             self.went = True            # at this very moment; open() sets them again
         self.want_own()
@@ -848,25 +1188,25 @@ class Bus:
         empty = self.sock is None
         if self.sock is None:
             return frames, empty
-        recvmsg, unpack, well = self.sock.recvmsg, FRAME.unpack, self.state is BUS_WELL
-        draining = False
+        # What the loop needs is looked up once: it is the way of every frame.
+        recvmsg, unpack, unpack_time = self.sock.recvmsg, FRAME.unpack, self.unpack_time
+        size, extended, confirm = FRAME.size, EFF_FLAG >> 29, MSG_CONFIRM
+        well, draining = self.state is BUS_WELL, False
         while limit > 0:
             limit -= 1
             try:
-                raw, ancillary, flags, _address = recvmsg(FRAME.size, ANCILLARY_SIZE)
+                raw, ancillary, flags, _address = recvmsg(size, ANCILLARY_SIZE)
             except BlockingIOError:
                 empty = True
                 break
             except OSError:
                 self.went = True
-                raw = b""
-            # The usual: an extended data frame of another node, on a bus that is well, with the
-            # kernel's time of it.
-            if raw:
+            else:
                 can_id, length, data = unpack(raw)
-                if (can_id >> 29 == EFF_FLAG >> 29 and well and ancillary
-                        and not flags & MSG_CONFIRM):
-                    seconds, nanoseconds = self.unpack_time(ancillary[0][2])
+                # The usual: an extended data frame of another node, on a bus that is well, with
+                # the kernel's time of it.
+                if can_id >> 29 == extended and well and ancillary and not flags & confirm:
+                    seconds, nanoseconds = unpack_time(ancillary[0][2])
                     frames.append((can_id & EFF_MASK, data[:length], seconds, nanoseconds, None))
                     continue
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
@@ -882,9 +1222,15 @@ class Bus:
     def on_unusual(self, can_id: int, data: bytes, ancillary: list[tuple[int, int, bytes]],
                    flags: int) -> list[Frame]:
         """All that read() does not handle itself; returns the frame if clients get it."""
+        if ancillary:
+            seconds, nanoseconds = self.unpack_time(ancillary[0][2])
+        else:
+            seconds, nanoseconds = divmod(time.time_ns(), 1000000000)
         if can_id & ERR_FLAG:
             self.on_error_frame(can_id, data)
         if can_id >> 29 != EFF_FLAG >> 29:
+            if log.debugging:
+                log.debug(self.foreign_row(can_id, data), seconds * 1000000 + nanoseconds // 1000)
             return []
         confirmed = self.virtual or bool(flags & MSG_CONFIRM)
         # A frame went over the bus, so somebody is there.
@@ -895,11 +1241,17 @@ class Bus:
         sender = self.claim(can_id, data) if confirmed else None
         if confirmed and sender is None:    # it was sent when there was nobody else to get it
             return []
-        if ancillary:
-            seconds, nanoseconds = self.unpack_time(ancillary[0][2])
-        else:
-            seconds, nanoseconds = divmod(time.time_ns(), 1000000000)
         return [(can_id, data, seconds, nanoseconds, sender)]
+
+    def foreign_row(self, can_id: int, data: bytes) -> str:
+        """The line of -d about a frame that is not VSCP: error, standard or remote."""
+        if can_id & ERR_FLAG:
+            self.errors += 1
+            return f"{self.name:<9} ! error frame: {error_meaning(can_id & EFF_MASK, data)}"
+        kind = "remote" if can_id & RTR_FLAG else "standard"
+        number = f"{can_id & EFF_MASK:08X}" if can_id & EFF_FLAG else f"{can_id & 0x7FF:03X}"
+        text = " ".join(f"{byte:02X}" for byte in data) if kind == "standard" else ""
+        return f"{self.name:<9} - {number:<8}  {kind} frame, not VSCP {text}".rstrip()
 
     def claim(self, can_id: int, data: bytes) -> Client | Daemon | None:
         """Who sent a frame that came back; None: nobody knows.
@@ -944,7 +1296,7 @@ class Bus:
 
 
 # =============================================================================
-# 6. Client
+# 7. Client
 # =============================================================================
 # A connection: who it is, what it sees, its events, and the bytes that come and
 # go. Never blocks: what the connection does not take now waits in `output`, and
@@ -1013,7 +1365,9 @@ class Client:
         self.sign_at = NEVER                    # the next sign of life is due
         self.resume_at = 0.0                    # no line runs before; NEVER: it waits for the bus
         self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
-        self.log_in_by = NEVER
+        self.log_in_by = NEVER                  # sent away if it may do nothing until then
+        self.complain_at = 0.0                  # no warning about lost events before
+        self.connected_at = daemon.now
         self.look_at = daemon.now + PEER_CHECK_S    # is the peer still there?
 
     # --- what the loop calls ---
@@ -1140,6 +1494,11 @@ class Client:
         level: int = self.user.level if self.user else self.daemon.options.guest
         return level
 
+    def short_name(self) -> str:
+        """What -d shows as the source of its events: the user, or the port as in its address."""
+        port = self.address.rpartition(":")[2]
+        return self.user.name if self.user and self.user.name else f":{port}"
+
     def log_in(self, user: User | None) -> None:
         """From now on it is this user, or again nobody, who has half a minute to log in."""
         self.user = user
@@ -1169,19 +1528,39 @@ class Client:
 
     # --- events and writing ---
 
-    def put(self, lines: list[str], block: bytes) -> None:
-        """Send event lines, also given as one block, or buffer them."""
+    def put(self, lines: list[str], block: bytes, size: int) -> None:
+        """Send event lines, also given as one block, or buffer them.
+
+        `size` is how many bytes the frames have on CAN.
+        """
         self.rx_frames += len(lines)
-        # An event line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
-        self.rx_bytes += block.count(b",") - 2 * len(lines)
+        self.rx_bytes += size
         if self.stream_at > self.daemon.now or self.output or self.fifo:
-            self.lost += max(0, len(self.fifo) + len(lines) - (self.fifo.maxlen or 0))
+            lost = len(self.fifo) + len(lines) - (self.fifo.maxlen or 0)
             self.fifo.extend(lines)
+            if lost > 0:
+                self.on_lost(lost)
             return
-        self.output += block
-        self.flush()
-        if self.output:
+        if len(block) <= self.segment and not self.deaf:    # nearly always: without a copy
+            try:
+                block = block[self.sock.send(block):]
+            except BlockingIOError:
+                pass                                        # flush() and the selector do the rest
+            except OSError:
+                self.deaf = True
+        if block and not self.deaf:
+            self.output += block
+            self.flush()
             self.watch()
+
+    def on_lost(self, count: int) -> None:
+        """Its buffer has dropped so many events."""
+        self.lost += count
+        self.daemon.lost += count
+        if self.complain_at <= self.daemon.now:
+            self.complain_at = self.daemon.now + COMPLAIN_S
+            log.warning(f"{self.name}: loses events, it does not fetch them and its buffer of "
+                        f"{counted(len(self.fifo), 'event')} is full")
 
     def write(self, text: str) -> None:
         """Have text sent by the next flush."""
@@ -1274,7 +1653,7 @@ class Client:
 
 
 # =============================================================================
-# 7. Commands
+# 8. Commands
 # =============================================================================
 # All that is known about a command stands in one place: its row above its
 # function. A function takes the client and the command's arguments, and returns
@@ -1573,7 +1952,7 @@ def do_unsupported(_client: Client, *_arguments: str) -> str:
 
 
 # =============================================================================
-# 8. Daemon
+# 9. Daemon
 # =============================================================================
 # The loop: waits for sockets and times, hands frames to the clients. Whatever has
 # a time is looked at by one tick, twice a second, or sooner when somebody asks;
@@ -1625,10 +2004,16 @@ class Daemon:
         self.waiting: deque[Client] = deque()   # their next line is a SEND; the head's turn it is
         self.suspects: dict[str, float] = {}    # until when addresses may not log in
         self.last_id = 0
-        self.status = ""                        # what systemd was told
+        self.frames = self.lost = 0             # handed out, lost by clients
+        self.status = self.status_key = ""      # what systemd was told
+        # For the summary of -d
+        self.by_class: dict[int, int] = {}
+        self.second = self.in_second = self.most_in_second = 0
         # Times; a clock is slow to read, so a turn reads it twice
         self.now = self.ended = time.monotonic()    # when this turn began, when the last one ended
         self.slept_s = 0.0                      # between these two
+        self.began = self.now
+        self.status_at = NEVER                  # systemd gets new numbers
         self.tick_at = self.now
         self.gather_at = NEVER                  # under load: the bus is not watched until then
         self.retry_at = NEVER                   # for the head of those that wait
@@ -1692,11 +2077,18 @@ class Daemon:
             self.watch(self.listener, selectors.EVENT_READ, self.on_connection)
         if self.feed_at <= self.now and notify("WATCHDOG=1"):
             self.feed_at = self.now + self.watchdog_s
-        status = f"STATUS={self.bus.name}: {self.bus.state.text}, {len(self.clients)} clients"
-        if status != self.status and notify(f"READY=1\n{status}"):
-            self.status = status
+        self.tell_systemd()
         if self.stop_by < NEVER and not (self.clients or self.leaving):
             self.stop_by = self.now
+
+    def tell_systemd(self) -> None:
+        """Tell systemd how it goes: changes at once, new numbers now and then."""
+        key = f"{self.bus.name}: {self.bus.state.text}, {counted(len(self.clients), 'client')}"
+        status = f"{key}, {counted(self.frames, 'frame')}, {self.lost + self.bus.overruns} lost"
+        if (key != self.status_key or status != self.status and self.status_at <= self.now) and (
+                notify(f"READY=1\nSTATUS={status}")):
+            self.status_key, self.status = key, status
+            self.status_at = self.now + STATUS_S
 
     def stop(self) -> None:
         """Tell every client, and end once all have gone or the time is up."""
@@ -1786,9 +2178,9 @@ class Daemon:
             for can_id, data, *_ in frames:
                 if can_id & PROBE_MASK == PROBE:
                     self.answer(can_id, data)
+        self.frames += len(frames)
         if log.debugging:
-            for frame in frames:
-                log.debug(self.describe(frame))
+            self.show(frames)
         senders = {frame[4] for frame in frames if frame[4]}
         for (guid, value, mask), clients in self.views.items():
             seen = frames
@@ -1798,20 +2190,38 @@ class Daemon:
                 continue
             lines = format_events(seen, guid, self.options.ns_timestamps)
             block = "".join(lines).encode("ascii")
+            size = can_size(lines, block)
             for client in clients:
                 if client in senders:
                     others = [line for line, frame in zip(lines, seen) if frame[4] is not client]
-                    client.put(others, "".join(others).encode("ascii"))
+                    block_of_others = "".join(others).encode("ascii")
+                    client.put(others, block_of_others, can_size(others, block_of_others))
                 else:
-                    client.put(lines, block)
+                    client.put(lines, block, size)
 
-    def describe(self, frame: Frame) -> str:
-        """A frame for a person to read."""
-        can_id, data, _, _, sender = frame
-        name = sender.name if sender else self.bus.name
-        return (f"{name} * class {can_id >> 16 & 0x1FF} "
-                f"type {can_id >> 8 & 0xFF} nickname {can_id & 0xFF} "
-                f"data {' '.join([f'{byte:02X}' for byte in data])}")
+    def show(self, frames: list[Frame]) -> None:
+        """The lines of -d about events, and what the summary counts."""
+        for can_id, data, seconds, nanoseconds, sender in frames:
+            source = sender.short_name() if sender else self.bus.name
+            log.debug(event_row(source, can_id, data), seconds * 1000000 + nanoseconds // 1000)
+            vscp_class = can_id >> 16 & 0x1FF
+            self.by_class[vscp_class] = self.by_class.get(vscp_class, 0) + 1
+            self.in_second = self.in_second + 1 if seconds == self.second else 1
+            self.second = seconds
+            self.most_in_second = max(self.most_in_second, self.in_second)
+
+    def summary(self) -> list[str]:
+        """What was on the bus, for -d when the daemon ends."""
+        elapsed_s = max(1.0, self.now - self.began)
+        classes = sorted(self.by_class.items(), key=lambda item: -item[1])
+        return [f"{self.bus.name}: {counted(self.frames, 'frame')} in {duration_text(elapsed_s)}, "
+                f"{self.frames / elapsed_s:.1f} per second, at most {self.most_in_second}; "
+                f"{counted(self.bus.errors, 'error frame')}",
+                *(f"{count:9} {look_up(number, 0)[0]} ({number})" for number, count in classes)]
+
+    def short_name(self) -> str:
+        """What -d shows as the source of our own events."""
+        return self.name
 
     def answer(self, can_id: int, data: bytes) -> None:
         """Tell a node that looks for a server where this one is.
@@ -1992,7 +2402,10 @@ class Daemon:
         self.leaving.discard(client)
         if self.stop_by < NEVER:
             self.soon(self.now)
-        log.info(f"{client.name}: disconnected" + (f": {reason}" if reason else ""))
+        log.info(f"{client.name}: disconnected after "
+                 f"{duration_text(self.now - client.connected_at)}: "
+                 f"{counted(client.rx_frames, 'event')}, {client.lost} lost, "
+                 f"{client.tx_frames} sent" + (f"; {reason}" if reason else ""))
 
     def remove(self, client: Client) -> None:
         """No events any more for this client, and no place among those that wait."""
@@ -2035,7 +2448,7 @@ class Daemon:
 
 
 # =============================================================================
-# 9. Addresses, options
+# 10. Addresses, options
 # =============================================================================
 # Checks all that can be checked before anything starts. A wrong value is one
 # line on stderr and exit status 2.
@@ -2061,17 +2474,32 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line and friendlier argument files."""
 
     def error(self, message: str) -> Any:
-        one_line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: {one_line}\n")
+        text = re.sub(r"\[Errno \d+\] (.*?): '(.*)'", r"cannot read \2: \1", message)
+        hint = ", see --help" if message.startswith("unrecognized arguments") else ""
+        log.error(f"{self.prog}: {' '.join(text.split())}{hint}")
+        self.exit(2)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """An argument a line; `--port 8598` may stand in one line, too."""
+        """An argument a line; `--port 8598` may stand in one line, too.
+
+        A value may stand in quotes; behind it, a `#` that follows a space starts a
+        comment.
+        """
         if "\0" in arg_line:
             self.error("a zero byte in an argument file")
         line = arg_line.strip()
         if not line or line.startswith("#"):
             return []
-        return line.split(None, 1) if line.startswith("-") else [line]
+        option, separator, rest = re.match(        # type: ignore[union-attr]
+            r"(-[^\s=]*)?(\s+|=|$)?(.*)", line).groups("")
+        quoted = re.fullmatch(r"""(["'])(.*?)\1(?:\s+#.*)?""", rest)
+        value = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", rest)
+        if not option:
+            return [value]
+        if not separator or not (value or quoted or separator == "="):
+            return [option]
+        # In one piece, or a value that starts with `@` would be taken for a file.
+        return [f"{option}={value}" if option.startswith("--") else option + value]
 
 
 def number_from(least: int, most: int) -> Callable[[str], int]:
@@ -2339,9 +2767,12 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
 
 
 # =============================================================================
-# 10. Start and end
+# 11. Start and end
 # =============================================================================
 # Listens, detaches, serves. What the system refuses is one line and exit status 1.
+
+ALL_ADDRESSES = "all addresses"
+
 
 def listen(ip: str | None, port: int) -> socket.socket:
     """A listening socket: for all addresses, IPv6 and IPv4, when none is given.
@@ -2398,19 +2829,22 @@ def allow_descriptors(clients: int) -> None:
 def detach() -> int:
     """Go on in a child with a session of its own; returns the descriptor for ready().
 
-    The parent waits for that, and then returns 0 to whoever started it; if the
-    child ends before, 1.
+    The parent waits for a line there, prints it and returns 0 to whoever started
+    it; if the child ends before, 1.
     """
     parent_end, child_end = os.pipe()
     if os.fork():
         os.close(child_end)
-        os._exit(0 if os.read(parent_end, 1) else 1)
+        line = os.read(parent_end, 1000)
+        if line:
+            os.write(1, line)
+        os._exit(0 if line else 1)
     os.close(parent_end)
     os.setsid()
     return child_end
 
 
-def ready(child_end: int) -> None:
+def ready(child_end: int, port: int) -> None:
     """Let go of the terminal, and tell the waiting parent that clients can connect."""
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
@@ -2418,24 +2852,50 @@ def ready(child_end: int) -> None:
         os.dup2(null, standard)
     os.close(null)
     log.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    os.write(child_end, b"+")
+    where = "to syslog" if os.path.exists("/dev/log") else "nowhere, there is no syslog"
+    os.write(child_end, f"uvscpd.py: runs in the background, pid {os.getpid()}, port {port}; "
+                        f"messages go {where}\n".encode())
     os.close(child_end)
+
+
+def read_pidfile(name: str) -> int:
+    """The process id in the file; 0 if there is none."""
+    try:
+        with open(name, encoding="ascii", errors="replace") as file:
+            return int(re.sub("[^0-9].*", "", file.read(20), flags=re.S) or 0)
+    except FileNotFoundError:
+        return 0
+
+
+def check_pidfile(name: str) -> None:
+    """Raises OSError if the file is that of another daemon that is alive, or cannot be read."""
+    pid = read_pidfile(name) if name else 0
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            alive = b"uvscpd" in file.read()
+    except OSError:
+        return                          # there is no such process
+    if alive:
+        raise FileExistsError(errno.EEXIST, f"process {pid} is alive", name)
+
+
+def write_pidfile(name: str) -> None:
+    with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "w",
+              encoding="ascii") as file:
+        os.fchmod(file.fileno(), 0o644)         # whatever the umask
+        file.write(f"{os.getpid()}\n")
 
 
 def remove_pidfile(name: str) -> None:
     """Remove the file, unless it is another daemon's by now."""
     try:
-        with open(name, encoding="ascii", errors="replace") as file:
-            ours = file.read() == f"{os.getpid()}\n"
-        if ours:
+        if read_pidfile(name) == os.getpid():
             os.unlink(name)
-    except FileNotFoundError:
-        log.debug(f"{name} has been removed")
     except OSError as error:
         log.warning(f"cannot remove {name}: {error.strerror}")
 
 
-def tell_who_may_what(options: argparse.Namespace, host: str) -> None:
+def tell_who_may_what(options: argparse.Namespace, everywhere: bool) -> None:
     """Log what somebody may not be aware of about access."""
     users = options.users or options.lone_user
     if options.users_file and os.stat(options.users_file).st_mode & 0o077:
@@ -2445,7 +2905,7 @@ def tell_who_may_what(options: argparse.Namespace, host: str) -> None:
                     "--guest 0 makes them log in first")
     elif not users and options.guest < MOST_PRIVILEGED:
         log.warning("nobody can log in: there is no user (--users)")
-    elif not users and host in ("::", "0.0.0.0") and not options.allow:
+    elif not users and everywhere and not options.allow:
         log.info("every host that reaches this one may use the bus (see --allow, --users, --ip)")
 
 
@@ -2457,10 +2917,17 @@ def serve(options: argparse.Namespace) -> int:
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
     allow_descriptors(options.max_clients)
+    pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
+    try:
+        check_pidfile(pidfile)
+    except OSError as error:
+        log.error(f"uvscpd.py: cannot write {options.pidfile}: {error.strerror}")
+        return 1
     try:
         listener = listen(options.ip, options.port)
     except OSError as error:
-        log.error(f"uvscpd.py: cannot listen on port {options.port}: {error.strerror}")
+        log.error(f"uvscpd.py: cannot listen on {options.ip or ALL_ADDRESSES} port "
+                  f"{options.port}: {error.strerror}")
         return 1
     if options.users or options.lone_user:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
@@ -2470,22 +2937,24 @@ def serve(options: argparse.Namespace) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has SIGHUP ignored
             signal.signal(number, lambda _number, _frame: daemon.stop())
     try:
-        pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
         if pidfile:
-            with open(pidfile, "w", encoding="ascii") as file:
-                file.write(f"{os.getpid()}\n")
+            write_pidfile(pidfile)
     except OSError as error:
         log.error(f"uvscpd.py: cannot write {options.pidfile}: {error.strerror}")
         return 1
     try:
         if child_end is not None:
-            ready(child_end)
+            ready(child_end, listener.getsockname()[1])
         host, port = listener.getsockname()[:2]
-        log.info(f"uvscpd.py {__version__}: listening on {host} port {port}, "
-                 f"bus {options.canbus}")
-        tell_who_may_what(options, host)
+        everywhere = host in ("::", "0.0.0.0")
+        log.info(f"uvscpd.py {__version__}: listening on {ALL_ADDRESSES if everywhere else host} "
+                 f"port {port}, bus {options.canbus}")
+        tell_who_may_what(options, everywhere)
         daemon.run()
-        log.info("stopped")
+        if log.debugging:
+            log.debug("\n".join(daemon.summary()))
+        log.info(f"stopped after {duration_text(daemon.now - daemon.began)}: "
+                 f"{counted(daemon.frames, 'frame')}, {daemon.lost + daemon.bus.overruns} lost")
     finally:
         daemon.close()
         if pidfile:
@@ -2504,7 +2973,8 @@ def main(arguments: list[str] | None = None) -> int:
         log.error(f"uvscpd.py: {error}")
         return 2
     except OSError as error:
-        log.error(f"uvscpd.py: {error}")
+        where = f"{error.filename}: " if error.filename else ""
+        log.error(f"uvscpd.py: {where}{error.strerror or error}")
         log.debug(traceback_text(error))
         return 1
     except Exception as error:
