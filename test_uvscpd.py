@@ -3014,24 +3014,18 @@ class PatienceTest(OwnDaemonTestCase):
 
     @needs_guest
     def test_vanished_peers_go(self) -> None:
-        # Nothing from them arrives any more, not even that they are not there.
-        daemon = self.start(ip="")
-        sender = self.connect(daemon)
+        daemon = self.start()
         used = descriptors(daemon)
-        for commands in (["rcvloop"], []):
-            for peer in (self.connect(daemon), self.connect(daemon, "127.0.0.9")):
-                peer.ask(*commands or ["noop"])
-        route = ["ip", "route", "add", "blackhole", "127.0.0.9/32", "table", "local"]
-        subprocess.run(route, check=True, timeout=TIMEOUT)
-        route[2] = "del"
-        self.addCleanup(subprocess.run, route, check=True, timeout=TIMEOUT)
-        begin = time.monotonic()
-        while descriptors(daemon) > used + 2:
-            self.assertLess(time.monotonic(), begin + 330)
-            self.assertEqual(sender.ask("send 96,20,3,0,,0,-"), ["+OK"])
+        for command in ("noop", "rcvloop"):             # to the latter there is always more to send
+            self.connect(daemon).ask(command)
+        tc = ["tc", "qdisc", "add", "dev", "lo", "root", "netem", "loss", "100%"]
+        subprocess.run(tc, check=True, timeout=TIMEOUT)
+        tc[2] = "del"
+        self.addCleanup(subprocess.run, tc, check=True, timeout=TIMEOUT)
+        deadline = time.monotonic() + 330
+        while descriptors(daemon) > used:
+            self.assertLess(time.monotonic(), deadline, f"{descriptors(daemon)}, {used} at first")
             time.sleep(1)
-        await_descriptors(daemon, used + 2, sender)
-        self.assertEqual(descriptors(daemon), used + 2)         # the others are there
 
 
 class TroubleTest(OwnDaemonTestCase):
