@@ -2107,7 +2107,7 @@ STOPPING = "-OK - uvscpd is stopping"
 class ProcessTest(OwnDaemonTestCase):
     def test_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            daemon = DaemonProcess()
+            daemon = self.start()
             peers = [self.connect(daemon) for _ in range(3)]
             peers[0].ask("rcvloop")
             peers[1].sock.sendall(b"noop\nno line end")
@@ -2118,7 +2118,7 @@ class ProcessTest(OwnDaemonTestCase):
                     peer.expect(STOPPING, "(closed)")
 
     def test_SIGTERM_while_commands_wait_and_a_client_does_not_read(self) -> None:
-        daemon = DaemonProcess()
+        daemon = self.start()
         deaf, peer = NarrowPeer(daemon.port), self.connect(daemon)
         self.addCleanup(deaf.__exit__)
         deaf.sock.sendall(b"help\n" * 300)
@@ -2126,7 +2126,7 @@ class ProcessTest(OwnDaemonTestCase):
         with daemon.paused():
             peer.send(*["noop"] * 5)
             daemon.process.send_signal(signal.SIGTERM)
-        daemon.stop()
+        self.assertEqual(daemon.process.wait(TIMEOUT), 0)
         while peer.read_line() != "(closed)":
             pass
         self.assertEqual(peer.heard[-2], STOPPING)
@@ -3036,24 +3036,15 @@ class BurstTest(OwnKernelDaemonTestCase):
                 node.send(number >> 8 & 0xFF, number & 0xFF)
             c = Peer(self.daemon.port)
             self.addCleanup(c.__exit__)
-            for peer in (a, b):
-                peer.send("cdta", "stat")
-        for peer in (a, b):
+            a.send("cdta", "stat")
+            b.send("stat", "cdta")
+        for peer, buffered, stat in ((a, -4, -2), (b, -2, -4)):
             peer.expect("...", "+OK", "...", "+OK")
-            buffered, overruns = int(peer.heard[-4]), int(peer.heard[-2].split(",")[2])
-            self.assertEqual(buffered + overruns, self.BURST)
+            self.assertEqual(int(peer.heard[buffered]) + int(peer.heard[stat].split(",")[2]),
+                             self.BURST)
         c.expect("...", "...", "+OK - ...")
         for late in (c, self.connect()):
             self.assertEqual((late.ask("cdta")[0], self.stat(late)[2:5]), ("0 ", [0, 0, 0]))
-
-    def test_STAT_first(self) -> None:
-        a, node = self.connect(), self.node()
-        with self.stopped():
-            for number in range(self.BURST):
-                node.send(number >> 8 & 0xFF, number & 0xFF)
-            a.send("stat", "cdta")
-        a.expect("...", "+OK", "...", "+OK")
-        self.assertEqual(int(a.heard[-4].split(",")[2]) + int(a.heard[-2]), self.BURST)
 
     def test_CLRA(self) -> None:
         a, node = self.connect(), self.node()
@@ -3128,7 +3119,7 @@ class NoCarrierTest(KernelTestCase):
 
 @needs_root
 class NobodyConnectedTest(OwnDaemonTestCase):
-    """What the daemon does on the bus before the first client, and after the last one."""
+    """Once the daemon says that it listens, it sees the bus, and after the last client, too."""
 
     def setUp(self) -> None:
         self.node = Node(BUS, listening=True)
@@ -3341,7 +3332,7 @@ class FarewellTest(OwnDaemonTestCase):
                 observer.expect("+OK")
 
     def test_reader_that_pauses_longer_than_the_daemon_lingers(self) -> None:
-        daemon, count = self.start("--buffer", "200000"), 5000
+        daemon, count = self.start("--buffer", "200000"), 3000
         sender, reader = self.connect(daemon), NarrowPeer(daemon.port)
         self.addCleanup(reader.__exit__)
         used = descriptors(daemon)
@@ -3396,31 +3387,26 @@ class PatienceTest(OwnDaemonTestCase):
             readers[0].file.read1(1500)                 # the other one reads nothing
             time.sleep(1)
         for reader in readers:
-            reader.file.readline()                      # the rest of a line
+            reader.read_line()                          # it may be the rest of one
+            self.assertNotIn("(", reader.heard[-1])
             reader.send("quitloop", "vers")
             while reader.read_line() != "1,0,0,0":
                 self.assertNotIn("(", reader.heard[-1])
 
     @needs_guest
     def test_vanished_peers_go(self) -> None:
-        # Nothing from them arrives any more, not even that they are not there.
-        daemon = self.start(ip="")
-        sender = self.connect(daemon)
+        daemon = self.start()
         used = descriptors(daemon)
-        for commands in (["rcvloop"], []):
-            for peer in (self.connect(daemon), self.connect(daemon, "127.0.0.9")):
-                peer.ask(*commands or ["noop"])
-        route = ["ip", "route", "add", "blackhole", "127.0.0.9/32", "table", "local"]
-        subprocess.run(route, check=True, timeout=TIMEOUT)
-        route[2] = "del"
-        self.addCleanup(subprocess.run, route, check=True, timeout=TIMEOUT)
-        begin = time.monotonic()
-        while descriptors(daemon) > used + 2:
-            self.assertLess(time.monotonic(), begin + 330)
-            self.assertEqual(sender.ask("send 96,20,3,0,,0,-"), ["+OK"])
+        for command in ("noop", "rcvloop"):             # to the latter there is always more to send
+            self.connect(daemon).ask(command)
+        tc = ["tc", "qdisc", "add", "dev", "lo", "root", "netem", "loss", "100%"]
+        subprocess.run(tc, check=True, timeout=TIMEOUT)
+        tc[2] = "del"
+        self.addCleanup(subprocess.run, tc, check=True, timeout=TIMEOUT)
+        deadline = time.monotonic() + 330
+        while descriptors(daemon) > used:
+            self.assertLess(time.monotonic(), deadline, f"{descriptors(daemon)}, {used} at first")
             time.sleep(1)
-        await_descriptors(daemon, used + 2, sender)
-        self.assertEqual(descriptors(daemon), used + 2)         # the others are there
 
 
 class TroubleTest(OwnDaemonTestCase):
@@ -3460,14 +3446,14 @@ class TroubleTest(OwnDaemonTestCase):
         def limit(soft: int, hard: int) -> Callable[[], None]:
             return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-        daemon = self.start("--max-clients", "100", prepare=limit(64, 256))
-        peers = [self.connect(daemon) for _ in range(100)]
+        daemon = self.start("--max-clients", "40", prepare=limit(32, 256))
+        peers = [self.connect(daemon) for _ in range(40)]
         with Peer(daemon.port) as peer:
             peer.expect("-OK - Max number of clients connected.", "(closed)")
         for peer in peers:
             self.assertEqual(peer.ask("noop"), ["+OK"])
-        result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--max-clients", "100",
-                     preexec_fn=limit(64, 64))
+        result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--max-clients", "40",
+                     preexec_fn=limit(32, 32))
         self.assertEqual((result.returncode, result.stdout), (2, ""))
         self.assertRegex(result.stderr, r"\Auvscpd\.py: .*max-clients.*\n\Z")
 
