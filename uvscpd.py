@@ -455,16 +455,18 @@ def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> li
     ['352,20,3,0,,1795390139810025000,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
     """
     lines = []
-    byte_text, date, date_of = BYTE_TEXT, "", -1
+    byte_text, date, date_of, last_id = BYTE_TEXT, "", -1, -1
     for can_id, data, seconds, nanoseconds, sender in frames:
+        if can_id != last_id:
+            before, nickname = id_text(can_id, 0x100 if in_ns else 0)
+            last_id = can_id
         if in_ns:
-            before, nickname = id_text(can_id, 0x100)
             timestamp = seconds * 1000000000 + nanoseconds
         else:
-            before, nickname = id_text(can_id)
-            timestamp = seconds * 1000000 + nanoseconds // 1000 & 0xFFFFFFFF
             if seconds != date_of:
                 date, date_of = utc_text(seconds) + "Z", seconds
+                date_us = seconds * 1000000 & 0xFFFFFFFF
+            timestamp = date_us + nanoseconds // 1000 & 0xFFFFFFFF
         lines.append(f"{before}{sender.channel_id if sender else 0},{date},{timestamp},{guid}"
                      f"{nickname}{''.join([byte_text[byte] for byte in data])}\r\n")
     return lines
@@ -946,6 +948,7 @@ class Bus:
             self.out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
             self.sock.setblocking(False)
             self.out.setblocking(False)
+            self.own_wanted = True
         else:
             try:
                 sock = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
@@ -1340,9 +1343,13 @@ class Client:
         self.guid = client_guid(daemon.options.guid, channel_id)
         self.started = utc_text(int(time.time()))
         self.filter = self.mask = FILTER_ALL
-        self.view = make_view(self.filter, self.mask, self.interface_guid())
+        self.interface_guid = self.guid         # that of the CAN interface, which event lines show
+        if len(daemon.options.guid) == 12:
+            self.interface_guid = daemon.options.guid + bytes(4)
+        self.view = make_view(self.filter, self.mask, self.interface_guid)
         # What it may do
         self.user: User | None = None           # logged in
+        self.level: int = daemon.options.guest  # 0-15, compared with the privilege of a command
         self.given_name = ""                    # USER's, for the PASS that follows
         self.failures = 0                       # how often that was wrong
         # Its events: lines, and what STAT counts
@@ -1489,11 +1496,6 @@ class Client:
 
     # --- who it is ---
 
-    def privilege(self) -> int:
-        """What this client may do, 0-15, as in the rows of the commands."""
-        level: int = self.user.level if self.user else self.daemon.options.guest
-        return level
-
     def short_name(self) -> str:
         """What -d shows as the source of its events: the user, or the port as in its address."""
         port = self.address.rpartition(":")[2]
@@ -1503,7 +1505,8 @@ class Client:
         """From now on it is this user, or again nobody, who has half a minute to log in."""
         self.user = user
         self.name = f"{self.address} ({user.name})" if user and user.name else self.address
-        self.log_in_by = NEVER if self.privilege() else self.daemon.now + LOG_IN_S
+        self.level = user.level if user else self.daemon.options.guest
+        self.log_in_by = NEVER if self.level else self.daemon.now + LOG_IN_S
 
     def has_ended(self) -> bool:
         """Whether the peer sends no more, even if not all has been read."""
@@ -1570,12 +1573,13 @@ class Client:
     def flush(self) -> None:
         """Send what the connection takes of the output: whole lines, a segment per write."""
         while self.output:
-            end = len(self.output)
-            if end > self.segment:
-                end = (self.output.rfind(b"\n", 0, self.segment) + 1
-                       or self.output.find(b"\n", self.segment) + 1)
+            block, size = self.output, len(self.output)
+            if size > self.segment:
+                size = (block.rfind(b"\n", 0, self.segment) + 1
+                        or block.find(b"\n", self.segment) + 1)
+                block = block[:size]
             try:
-                sent = self.sock.send(self.output[:end])
+                sent = self.sock.send(block)
             except BlockingIOError:
                 break
             except OSError:
@@ -1586,7 +1590,7 @@ class Client:
             del self.output[:sent]
             if self.leave_by < NEVER:
                 self.leave_by = self.leave_time()
-            if sent < end:
+            if sent < size:
                 break
 
     def next_block(self) -> bytes:
@@ -1618,13 +1622,8 @@ class Client:
     def set_view(self) -> None:
         """Make a changed GUID, filter or mask count from the next event on."""
         self.daemon.drain()                 # what the kernel holds still counts by the old filter
-        self.view = make_view(self.filter, self.mask, self.interface_guid())
+        self.view = make_view(self.filter, self.mask, self.interface_guid)
         self.daemon.set_views()
-
-    def interface_guid(self) -> bytes:
-        """The CAN interface's GUID: with ids one for all clients, without them the client's."""
-        base: bytes = self.daemon.options.guid
-        return base + bytes(4) if len(base) == 12 else self.guid
 
     # --- the end ---
 
@@ -1726,7 +1725,7 @@ def run_command(client: Client, line: str) -> str:
         if name != "+":
             client.previous = line
         row = find_command(name)
-        if client.privilege() < row.privilege:
+        if client.level < row.privilege:
             raise VscpError("Need to log in to perform this command.")
         if len(arguments) > row.most and "," in row.usage:      # people type spaces behind commas
             arguments = re.sub(", +", ",", " ".join(arguments)).split()
@@ -1908,7 +1907,7 @@ def do_quitloop(client: Client) -> str:
 
 @command("send", 4, "head,class,type,obid,datetime,timestamp,GUID,data...", "send an event")
 def do_send(client: Client, text: str) -> str:
-    can_id, data = parse_event(text, client.guid, client.interface_guid())
+    can_id, data = parse_event(text, client.guid, client.interface_guid)
     client.daemon.send(client, can_id, data)
     client.tx_frames += 1
     client.tx_bytes += 4 + len(data)
@@ -1918,6 +1917,8 @@ def do_send(client: Client, text: str) -> str:
 @command("sgid setguid", 6, "GUID", "set the GUID of this client")
 def do_sgid(client: Client, text: str) -> str:
     client.guid = parse_guid(text)
+    if len(client.daemon.options.guid) == 16:       # without ids it is the interface's, too
+        client.interface_guid = client.guid
     client.set_view()
     return ok()
 
@@ -2009,9 +2010,9 @@ class Daemon:
         # For the summary of -d
         self.by_class: dict[int, int] = {}
         self.second = self.in_second = self.most_in_second = 0
-        # Times; a clock is slow to read, so a turn reads it twice
-        self.now = self.ended = time.monotonic()    # when this turn began, when the last one ended
-        self.slept_s = 0.0                      # between these two
+        # Times; a clock is slow to read, so a turn reads it once
+        self.now = time.monotonic()             # when this turn began
+        self.bus_read_at = 0.0                  # when the bus had been read
         self.began = self.now
         self.status_at = NEVER                  # systemd gets new numbers
         self.tick_at = self.now
@@ -2044,9 +2045,8 @@ class Daemon:
         signal.set_wakeup_fd(self.wake_up_end.fileno())
         while self.now < self.stop_by:
             wake_at = min(self.tick_at, self.gather_at, self.retry_at)
-            ready = self.selector.select(max(0.0, wake_at - self.ended))
+            ready = self.selector.select(max(0.0, wake_at - self.now))
             self.now = time.monotonic()
-            self.slept_s = self.now - self.ended
             for key, mask in ready:
                 key.data(mask)
             if self.gather_at <= self.now:
@@ -2055,7 +2055,6 @@ class Daemon:
                 self.send_waiting()
             if self.tick_at <= self.now:
                 self.tick()
-            self.ended = time.monotonic()
 
     def soon(self, when: float) -> None:
         """Have a tick at this time at the latest."""
@@ -2136,7 +2135,9 @@ class Daemon:
         if not mask & selectors.EVENT_READ:
             return
         # A lone frame is passed on at once, without a second read to hear that there is no more.
-        count, _ = self.pump(1 if self.slept_s > AT_ONCE_S else FRAMES_A_TURN)
+        slept = self.now - self.bus_read_at > AT_ONCE_S
+        count, _ = self.pump(1 if slept else FRAMES_A_TURN)
+        self.bus_read_at = time.monotonic()
         if self.busy_until < self.now:
             self.busy_until, self.busy_frames = self.now + BUSY_S, 0
         self.busy_frames += count
@@ -2152,7 +2153,7 @@ class Daemon:
         """
         count, empty = self.pump(FRAMES_A_TURN)
         if count > 1 and self.quiet_until < self.now:
-            self.gather_at = self.now + GATHER_S if empty else self.now
+            self.gather_at = time.monotonic() + GATHER_S if empty else self.now
         else:
             self.gather_at = NEVER
             self.watch_bus()
@@ -2181,7 +2182,7 @@ class Daemon:
         self.frames += len(frames)
         if log.debugging:
             self.show(frames)
-        senders = {frame[4] for frame in frames if frame[4]}
+        senders = {frame[4] for frame in frames} if self.bus.own_wanted else ()
         for (guid, value, mask), clients in self.views.items():
             seen = frames
             if mask or value:
@@ -2437,7 +2438,7 @@ class Daemon:
 
         The types are the VSCP daemon's: 2 for a Level I driver, 4 for a TCP client.
         """
-        lines = [f"0,2,{format_guid(client.interface_guid())},"
+        lines = [f"0,2,{format_guid(client.interface_guid)},"
                  f"{self.bus.name}|Started {self.started}"]
         known = client.user or self.options.guest > 0       # else it learns no addresses
         for each in sorted(self.clients, key=lambda each: each.channel_id):
@@ -2816,14 +2817,17 @@ def allow_descriptors(clients: int) -> None:
     """
     import resource
     needed = clients + SPARE_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    try:
+        soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit
+                      for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+        if soft < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed + MOST_LEAVING, hard), hard))
+    except OSError as error:            # a sandbox that does not even let us ask
+        log.debug(f"limit of descriptors: {error.strerror}")
+        return
+    if hard < needed:
         raise VscpError(f"--max-clients {clients} needs {needed} descriptors, the system allows "
                         f"{hard} (ulimit -n)")
-    if soft != resource.RLIM_INFINITY and soft < needed + MOST_LEAVING:
-        wanted = needed + MOST_LEAVING
-        resource.setrlimit(resource.RLIMIT_NOFILE, (
-            wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def detach() -> int:
