@@ -102,7 +102,7 @@ async function session() {
   const client = await connect();
   await refused(client.getPendingEventCount(), 'Need to log in to perform this command.');
   await client.user({ username });
-  await refused(client.password({ password: 'wrong' }), 'invalid password');
+  await refused(client.password({ password: 'wrong' }), 'invalid username or password');
   await logIn(client);
   assert.equal(await client.noop(), true);
 
@@ -114,7 +114,7 @@ async function session() {
 
   step('lists the interfaces');
   const [{ started, ...listed }, ...more] = await client.getInterfaces();
-  assert.deepEqual(listed, { index: 0, type: 1, guid: `${ZEROS}:0`, name: canInterface });
+  assert.deepEqual(listed, { index: 0, type: 2, guid: `${ZEROS}:0`, name: canInterface });
   assert.match(started, /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d$/);
   assert.deepEqual(more, []);
 
