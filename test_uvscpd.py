@@ -498,13 +498,13 @@ class OwnDaemonTestCase(unittest.TestCase):
         return peer
 
     @contextlib.contextmanager
-    def detached(self, **options: Any) -> Iterator[tuple[int, int]]:
+    def detached(self, *arguments: str, **options: Any) -> Iterator[tuple[int, int]]:
         """The port and the process id of a daemon in the background, which must end in the end."""
         with tempfile.TemporaryDirectory() as directory, reserved_port() as port:
             life, other_end = os.pipe()         # which ends when the daemon is no more
             self.addCleanup(os.close, life)
             result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
-                         "uvscpd.pid", cwd=directory, pass_fds=(other_end,), **options)
+                         "uvscpd.pid", *arguments, cwd=directory, pass_fds=(other_end,), **options)
             os.close(other_end)
             self.assertEqual((result.returncode, result.stderr), (0, ""))
             pidfile = os.path.join(directory, "uvscpd.pid")
@@ -1389,6 +1389,50 @@ class AccessTest(OwnDaemonTestCase):
             heard = other_end.recv(4096).decode().splitlines()
             self.assertEqual(heard[3:], ["-OK - nobody logged in within 30 s"] if closed else [])
 
+    def test_USER_again_and_again_gains_no_time(self) -> None:
+        daemon = self.inside("-U", "Admin", "-P", "secRet", "--guest", "0")
+        client, _ = self.connected(daemon)
+        for seconds in (20, 20):
+            client.lines.append("user Admin")
+            client.tick()
+            daemon.now += seconds
+        client.tick()
+        self.assertLess(client.leave_by, uvscpd.NEVER)
+
+    def test_user_of_level_0_stays_once_logged_in(self) -> None:
+        daemon = self.inside("--users", self.users_file("zero zz 0"))
+        client, _ = self.connected(daemon)
+        client.lines.extend(["user zero", "pass zz"])
+        client.tick()
+        daemon.now += 60
+        client.tick()
+        self.assertEqual(client.leave_by, uvscpd.NEVER)
+
+    def test_log_out_ends_the_receive_loop(self) -> None:
+        daemon = self.start("-U", "Admin", "-P", "secRet", "--guest", "0")
+        a, b = self.connect(daemon), self.connect(daemon)
+        for peer in (a, b):
+            peer.send("user Admin", "pass secRet")
+            peer.expect("+OK", "+OK")
+        a.send("rcvloop", "user Admin")
+        a.expect("+OK", "+OK")
+        b.ask("send 96,20,3,0,,0,-")
+        a.send("pass secRet", "retr")
+        a.expect("+OK", "96,20,3,0,*,#,::0", "+OK")
+
+    def test_guesses_do_not_keep_others_out(self) -> None:
+        daemon = self.inside("-U", "Admin", "-P", "secRet", "--guest", "0")
+        guessers = [self.connected(daemon)[0] for _ in range(9)]
+        for client in guessers:
+            client.lines.extend(["user Admin", *["pass hunter2"] * 4])
+        last, _ = self.connected(daemon)
+        last.lines.extend(["user Admin", "pass secRet"])
+        for turn in range(10):
+            self.assertIsNone(last.user, turn)
+            daemon.tick()
+            daemon.now += uvscpd.WRONG_LOGIN_S
+        self.assertIsNotNone(last.user)         # after one guess of each of the others
+
     USERS = """
 # name   password    level hosts
 panel    secret      4     127.0.0.*    # a comment
@@ -1429,8 +1473,8 @@ nobody   nothing     0
 
     BAD_USERS = (       # the file, the end of the message
         ("a b\n\nc", "line 3: a user needs a name and a password"),
-        ("a b 16", "line 1: '16' is not a number from 0 to 15"),
-        ("a b x", "line 1: 'x' is not a number from 0 to 15"),
+        ("a b 16", "line 1: the level is not a number from 0 to 15"),
+        ("a two words 4", "line 1: the level is not a number from 0 to 15"),
         ("a b 1 nonsense", "line 1: 'nonsense' is not an address, network or pattern"),
         ("a b\na c", "line 2: user a is there twice"),
         ("\xe9 b", "line 1: only printable ASCII characters without spaces"),
@@ -1443,6 +1487,13 @@ nobody   nothing     0
             name = self.users_file(text)
             self.assert_bad_argument(f"--users={name}", re.escape(f"{name}: {message}"))
         self.assert_bad_argument("--users=/nonexistent", "No such file")
+
+    def test_users_file_of_a_relative_name_detached(self) -> None:
+        name = os.path.join("..", os.path.relpath(self.users_file("a b"), tempfile.gettempdir()))
+        with self.detached("--users", name) as (port, _), Peer(port) as peer:
+            peer.expect("...", "...", "+OK...")
+            peer.send("cdta", "user a", "pass b", "cdta")
+            peer.expect(NOT_ALLOWED, "+OK", "+OK", "0 ", "+OK")
 
     def test_users_file_with_U_and_P(self) -> None:
         name = self.users_file("a b")
@@ -1458,7 +1509,8 @@ nobody   nothing     0
                 (["-U", "a", "-P", "b"], "", 0, everything),
                 (["-U", "a", "-P", "b", "--guest", "0"], "", 0, ""),
                 (["--users"], "a b", 0o600, ""),
-                (["--users"], "a b", 0o640, "others can read "),
+                (["--users"], "a b", 0o640, ""),
+                (["--users"], "a b", 0o644, "others can read "),
                 (["--users"], "# nobody", 0o600, "nobody can log in"),
                 (["--guest", "3"], "", 0, "nobody can log in"), ([], "", 0, "")):
             with self.subTest(arguments, text=text, mode=mode):
@@ -1551,9 +1603,7 @@ class BusTest(unittest.TestCase):
     )
 
     def setUp(self) -> None:
-        selector = selectors.DefaultSelector()
-        self.addCleanup(selector.close)
-        self.bus = uvscpd.Bus(":virtual:", selector, lambda _mask: None)
+        self.bus = uvscpd.Bus(":virtual:", lambda _sock, _events: None)
         self.addCleanup(self.bus.close)
 
     def send(self, can_id: int, data: bytes = b"") -> None:
@@ -1819,7 +1869,7 @@ class ClientIdTest(OwnDaemonTestCase):
     def test_id_after_65535(self) -> None:
         daemon = self.inside("-g", self.BASE)
         daemon.last_id = 0xFFFE
-        daemon.clients = {mock.Mock(channel_id=number) for number in (2, 3)}
+        daemon.clients = {mock.Mock(channel_id=number): None for number in (2, 3)}
         self.assertEqual([daemon.next_channel_id() for _ in range(3)], [0xFFFF, 1, 4])
         daemon.clients.clear()
 
@@ -2060,6 +2110,29 @@ class ArgumentTest(OwnDaemonTestCase):
         "--user=", "--user=two words", "--password=", "--password=two words", "--password=\xe9",
         "--buffer=0", "--buffer=x", "--buffer=-1", "--max-clients=0", "--max-clients=x")
 
+    LINES: tuple[tuple[str, list[str]], ...] = (        # of a file of arguments; the arguments
+        ("-s", ["-s"]), ("--stay", ["--stay"]), ("Admin", ["Admin"]), ("  # comment", []),
+        ("--port 8598", ["--port=8598"]), ("--port=8598", ["--port=8598"]),
+        ("-p 8598  # comment", ["-p8598"]), ("-p8598", ["-p8598"]), ("-d # comment", ["-d"]),
+        ("--password 'my #1'", ["--password=my #1"]), ('--password="a" # b', ["--password=a"]),
+        ("--password se#cret", ["--password=se#cret"]), ("-Pse=cret", ["-Pse=cret"]),
+        ("--password se=cret", ["--password=se=cret"]), ("-P =x", ["-P=x"]),
+        ("-P '@x'", ["-P@x"]), ("--password @x", ["--password=@x"]),
+        ("--pidfile ''", ["--pidfile="]), ('-P"a"', ["-Pa"]), ("'quoted' # comment", ["quoted"]), ("--a 'b", ["--a='b"]),
+    )
+
+    def test_lines_of_a_file_of_arguments(self) -> None:
+        for line, arguments in self.LINES:
+            with self.subTest(line):
+                self.assertEqual(uvscpd.Parser().convert_arg_line_to_args(line), arguments)
+
+    def test_no_password_in_an_error(self) -> None:
+        for arguments in (["--passwrd=geheim"], ["--p=geheim"], ["-P", "my", "geheim"],
+                          ["--password=geh eim"], ["-P", "geheim\xe9"]):
+            with mock.patch.object(uvscpd.log, "put") as put, self.assertRaises(SystemExit):
+                uvscpd.parse_arguments(arguments)
+            self.assertNotRegex(put.call_args[0][1], "geh|eim")
+
     def test_bad_arguments(self) -> None:
         for argument in self.BAD_ARGUMENTS:
             self.assert_bad_argument(argument)
@@ -2112,7 +2185,9 @@ class ProcessTest(OwnDaemonTestCase):
             peers[0].ask("rcvloop")
             peers[1].sock.sendall(b"noop\nno line end")
             peers[1].expect("+OK")
-            daemon.stop(number)                 # checks the exit status
+            log = daemon.stop(number)           # checks the exit status
+            self.assertRegex(log, r"(?s): disconnected after [01] s: 0 events, 0 lost, 0 sent\n.*"
+                             r"\nstopped after [0-9]+ s: 0 frames, 0 lost\n\Z")
             for peer in peers:
                 with self.subTest(number.name):
                     peer.expect(STOPPING, "(closed)")
@@ -2614,9 +2689,7 @@ class SendersTest(KernelTestCase):
         self.assert_senders_known(*peers)
 
     def test_confirmations_lost_in_a_full_receive_buffer(self) -> None:
-        selector, node = selectors.DefaultSelector(), self.node()
-        bus = uvscpd.Bus(self.name, selector, lambda _mask: None)
-        self.addCleanup(selector.close)
+        bus, node = uvscpd.Bus(self.name, lambda _sock, _events: None), self.node()
         self.addCleanup(bus.close)
         bus.set_filters([(0, 0)], True)
 
@@ -3438,7 +3511,7 @@ class TroubleTest(OwnDaemonTestCase):
         elapsed = time.monotonic() - begin
         self.assertLess(cpu_time(daemon) - used, elapsed / 2)
         tries = daemon.log.count("cannot accept a connection")
-        self.assertIn(tries, range(1, int(time.monotonic() - waiting.since) + 3))
+        self.assertIn(tries, range(1, int(2 * (time.monotonic() - waiting.since)) + 4))
         peers[1].__exit__()
         waiting.expect("uvscpd.py ...", "...", "+OK - ...")
 
@@ -3489,6 +3562,17 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertLess(max(order.index(str(number)) for number in range(5)),
                         min(len(order) - order[::-1].index(str(number)) for number in range(5)))
 
+    def test_every_time_has_its_tick(self) -> None:
+        daemon = self.inside()
+        clients = [self.connected(daemon)[0] for _ in range(2)]
+        for client in clients:
+            client.lines.append("rcvloop")
+            client.turn()
+            daemon.now += 0.03
+        daemon.now = clients[0].stream_at
+        daemon.tick()
+        self.assertEqual(daemon.tick_at, clients[1].stream_at)
+
     def test_client_reset_while_its_command_takes_events_in(self) -> None:
         daemon = self.inside()
         client, other_end = self.connected(daemon)
@@ -3500,7 +3584,7 @@ class TroubleTest(OwnDaemonTestCase):
         daemon.bus.send(1, b"", SENDERS["A"])
         client.on_ready(selectors.EVENT_READ)
         self.assertTrue(client.closed)
-        self.assertEqual((daemon.clients, daemon.leaving), (set(), set()))
+        self.assertEqual((daemon.clients, daemon.leaving), ({}, set()))
         self.assertEqual(len(daemon.bus.read(9)[0]), 1)     # its SEND has run all the same
 
     def test_no_events_after_QUIT(self) -> None:
@@ -3596,7 +3680,7 @@ class TroubleTest(OwnDaemonTestCase):
             daemon.now += 0.2
             daemon.tick()
         self.assertEqual([len(client.lines) for client in clients], [0] * 9)
-        self.assertFalse(daemon.waiting)
+        self.assertFalse(daemon.waiting or any(client.gives_up for client in clients))
 
     def test_too_few_descriptors_to_start(self) -> None:
         for most in range(4, 10):
@@ -3620,6 +3704,26 @@ class TroubleTest(OwnDaemonTestCase):
             daemon.stop()
             with open(name, encoding="ascii") as file:
                 self.assertEqual(file.read(), "1\n")
+
+    def test_pidfile_of_a_daemon_that_is_alive(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            name = os.path.join(directory, "pid")
+            daemon = DaemonProcess("--pidfile", name)
+            self.addCleanup(daemon.process.kill)
+            pid = daemon.process.pid
+            result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--pidfile", name)
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertRegex(result.stderr,
+                             rf"\Auvscpd\.py: .*{name}: process {pid} is alive.*\n\Z")
+            with open(name, encoding="ascii") as file:
+                self.assertEqual(file.read(), f"{pid}\n")
+            daemon.process.kill()               # what it leaves behind is of no importance
+            daemon.process.wait()
+            with open(name, "w", encoding="ascii") as file:
+                file.write(f"{os.getpid()}\nand more")
+            again = self.start("--pidfile", name)
+            with open(name, encoding="ascii") as file:
+                self.assertEqual(file.read(), f"{again.process.pid}\n")
 
     def test_bug_in_a_command(self) -> None:
         daemon = DaemonProcess(program=("-c", f"""if True:

@@ -44,7 +44,7 @@ import socket
 import struct
 import sys
 import time
-from collections import deque
+from collections import deque, namedtuple
 from functools import lru_cache, partialmethod
 
 # Type checkers take this for true. At run time, importing typing would be an eighth of the start.
@@ -108,6 +108,7 @@ MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
 SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFHWADDR = 0x8913, 0x8915, 0x8927
 IFF_UP = 0x1
 ANCILLARY_SIZE = 64             # bytes; a timestamp needs 32
+TCP_ESTABLISHED = 1             # the first byte of struct tcp_info; not once the peer has closed
 LAST_ACK_RECEIVED = 56          # offset in struct tcp_info of a number of milliseconds
 
 # Our own limits.
@@ -139,7 +140,6 @@ PEER_CHECK_S = 10
 COMPLAIN_S = 3600               # a client that loses events is logged once per hour
 STATUS_S = 10                   # how often systemd gets new numbers
 SPARE_DESCRIPTORS = 20          # needed besides those of the clients
-ACCEPT_PAUSE_S = 1.0            # after running out of descriptors
 
 
 class VscpError(argparse.ArgumentTypeError):
@@ -153,27 +153,24 @@ class VscpError(argparse.ArgumentTypeError):
 TOO_MANY_WRONG = VscpError("too many wrong log-ins")     # the last line of a connection
 
 
-class BusError(VscpError):
-    """The bus cannot take the frame; the text says why and what helps."""
+class Later(Exception):
+    """A command cannot be run yet: the same line is to be run again at the time `at`."""
+
+    def __init__(self, at: float) -> None:
+        super().__init__()
+        self.at = at
 
 
-class BusFull(BusError):
-    """There is no room for the frame now, but there may be later.
+class BusFull(Later):
+    """There is no room on the bus now: for whom waits for it, `text` says why.
 
     `retry_s` says how soon to try again, NEVER when poll tells.
     """
 
     def __init__(self, text: str, retry_s: float) -> None:
-        super().__init__(text)
+        super().__init__(NEVER)
+        self.text = text
         self.retry_s = retry_s
-
-
-class NotYet(Exception):
-    """A command is to be run again at the time `at`."""
-
-    def __init__(self, at: float) -> None:
-        super().__init__()
-        self.at = at
 
 
 LOG_ERR, LOG_WARNING, LOG_INFO, LOG_DEBUG = 3, 4, 6, 7      # priorities of syslog(3)
@@ -871,22 +868,18 @@ def event_row(source: str, can_id: int, data: bytes) -> str:
 WELL, WARNING, PASSIVE, BUS_OFF, AWAY = range(5)     # AWAY: no usable interface
 
 
-class BusState:
-    """How the bus is doing, as INFO answers it."""
-
-    def __init__(self, status: int, code: int, subcode: int, text: str, advice: str = "") -> None:
-        self.status = status        # WELL to AWAY
-        self.code = code            # error classes of linux/can/error.h; AWAY: an errno
-        self.subcode = subcode      # state of the controller, data[1] of an error frame
-        self.text = text
-        self.advice = advice        # what helps, a command to type where there is one
-
-    def trouble(self) -> str:
-        """What is wrong and what helps, for a person."""
-        return self.text + (f", try: {self.advice}" if self.advice else "")
+# How the bus is doing, as INFO answers it. status: WELL to AWAY. code: error classes of
+# linux/can/error.h; AWAY: an errno. subcode: state of the controller, data[1] of an error
+# frame. advice: what helps, a command to type where there is one.
+BusState = namedtuple("BusState", "status code subcode text advice")
+BUS_WELL = BusState(WELL, 0, 0, "OK", "")
 
 
-BUS_WELL = BusState(WELL, 0, 0, "OK")
+def trouble(state: BusState) -> str:
+    """What is wrong with the bus and what helps, for a person."""
+    return f"{state.text}, try: {state.advice}" if state.advice else str(state.text)
+
+
 
 # What error frames mean: error class, bits of data[1] of which one is set (0: any), status,
 # text. The first row that fits counts.
@@ -901,6 +894,14 @@ ERRORS = (
 )
 
 
+def interface_exists(name: str) -> bool:
+    """Whether there is a network interface of this name."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
+
+
 class Bus:
     """One CAN_RAW socket on a SocketCAN interface, for everybody, or `:virtual:`.
 
@@ -913,15 +914,12 @@ class Bus:
     kernel support is needed.
     """
 
-    def __init__(self, name: str, selector: selectors.BaseSelector,
-                 on_ready: Callable[[int], None]) -> None:
+    def __init__(self, name: str, watch: Callable[[socket.socket, int], None]) -> None:
         self.name = name
         self.virtual = name == ":virtual:"
-        self.selector = selector
-        self.on_ready = on_ready            # called with what the selector says of the bus
+        self.watch_socket = watch           # has the selector watch one for these events
         self.sock: socket.socket | None = None      # to read from
         self.out: socket.socket | None = None       # to send to, the same thing twice on CAN
-        self.watched = (False, False)       # reading, writing
         self.filters: list[tuple[int, int]] = []    # value and mask, as in View
         self.shared = False                 # somebody wants to get what another one sent
         # Own frames come back, confirmed, in the order in which they were sent: CAN id, data
@@ -941,41 +939,31 @@ class Bus:
     # --- opening, and the interface's coming and going ---
 
     def open(self) -> None:
-        """Make the socket, or note why that is not possible."""
-        if self.virtual:
-            self.sock, self.out = socket.socketpair()
-            # Room for less than MOST_UNDER_WAY: each frame takes 768 bytes of the doubled size.
-            self.out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
-            self.sock.setblocking(False)
-            self.out.setblocking(False)
-            self.own_wanted = True
-        else:
-            try:
-                sock = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
-            except AttributeError:          # this Python was built without SocketCAN
-                self.set_away(errno.EAFNOSUPPORT)
-                return
-            except OSError as error:
-                self.set_away(error.errno)
-                return
-            try:
-                self.set_options(sock)
-                sock.bind((self.name,))
-                self.out = sock.dup()       # so that reading and writing are watched apart
-            except OSError as error:
-                sock.close()
-                self.set_away(error.errno)
-                return
-            self.sock = sock
-            self.own_wanted = False
-            self.dropped = 0
+        """Make the sockets, or note why that is not possible."""
+        try:
+            if self.virtual:
+                self.sock, self.out = socket.socketpair()
+                # Room for less than MOST_UNDER_WAY: each frame takes 768 bytes of twice the size.
+                self.out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+            else:
+                self.sock = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
+                self.set_options(self.sock)
+                self.sock.bind((self.name,))
+                self.out = self.sock.dup()  # so that reading and writing are watched apart
+        except (AttributeError, OSError) as error:      # or this Python knows no SocketCAN
+            self.close()
+            self.set_away(getattr(error, "errno", errno.EAFNOSUPPORT))
+            return
+        self.sock.setblocking(False)
+        self.out.setblocking(False)
+        self.own_wanted = self.virtual
+        self.dropped = 0
         self.set_filters(self.filters, self.shared)
         self.watch(True, False)
         self.look_up()
 
     def set_options(self, sock: socket.socket) -> None:
         """Set what does not depend on the clients."""
-        sock.setblocking(False)
         sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
         sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER, EFF_MASK if log.debugging else
                         ERR_TX_TIMEOUT | ERR_CRTL | ERR_ACK | ERR_BUSOFF | ERR_RESTARTED)
@@ -1005,35 +993,26 @@ class Bus:
 
     def watch(self, reading: bool, writing: bool) -> None:
         """Have the selector say when there is something to read, when there is room."""
-        for sock, event, before, now in (
-                (self.sock, selectors.EVENT_READ, self.watched[0], reading),
-                (self.out, selectors.EVENT_WRITE, self.watched[1], writing)):
-            if sock is not None and now and not before:
-                self.selector.register(sock, event, self.on_ready)
-            elif sock is not None and before and not now:
-                self.selector.unregister(sock)
-        self.watched = (reading, writing) if self.sock is not None else (False, False)
+        if self.sock is not None and self.out is not None:
+            self.watch_socket(self.sock, selectors.EVENT_READ * reading)
+            self.watch_socket(self.out, selectors.EVENT_WRITE * writing)
 
     def check(self) -> None:
         """Look after the bus and log how it is doing; called once per tick.
 
         A state that came and went since is logged, too, however often it did.
         """
-        if self.sock is None:
-            try:
-                socket.if_nametoindex(self.name)
-                self.open()
-            except OSError:
-                pass        # It is still missing; no use asking the kernel for a socket.
-        elif not self.virtual:
+        if self.sock is not None:
             self.look_up()
+        elif interface_exists(self.name):       # else no use asking the kernel for a socket
+            self.open()
         worst, self.worst, self.checked = self.worst, self.state, self.state
         if worst.text != self.told.text:
             if worst is BUS_WELL:
                 log.info(f"{self.name}: the bus is back, was: {self.told.text}")
             else:
                 where = "" if worst.status == AWAY else f"{self.name}: "
-                log.warning(where + worst.trouble())
+                log.warning(where + trouble(worst))
             self.told = worst
         self.want_own()
 
@@ -1071,30 +1050,20 @@ class Bus:
 
     def set_away(self, code: int | None) -> None:
         """The interface cannot be used, for this errno: note it with the advice that helps."""
-        name, code = self.name, code or errno.EIO
-        up = f"ip link set {name} up" + (" type can bitrate 125000" if name[:3] == "can" else "")
-        advice = ""
-        if code in (errno.ENODEV, errno.ENXIO):
-            code = errno.ENODEV
-            text = f"interface {name}: {os.strerror(code)}"
+        name, code = self.name, errno.ENODEV if code == errno.ENXIO else code or errno.EIO
+        up = f"ip link set {name} up" + " type can bitrate 125000" * (name[:3] == "can")
+        modprobe = "modprobe can_raw; on OpenWrt install kmod-can and kmod-can-raw"
+        text, advice = {
+            errno.ENETDOWN: (f"interface {name} is down", up),
+            errno.EAFNOSUPPORT: ("no CAN support (Address family not supported)", modprobe),
+            errno.EPROTONOSUPPORT: ("no raw CAN support (Protocol not supported)", modprobe),
+        }.get(code, (f"interface {name}: {os.strerror(code)}", ""))
+        if code == errno.ENODEV and interface_exists(name):
+            text = f"{name} is not a CAN interface"
+        elif code == errno.ENODEV and name[:4] == "vcan":
+            advice = f"ip link add dev {name} type vcan && {up}"
+        elif code == errno.ENODEV:
             advice = "plug in the adapter, load its driver (ip link and dmesg show what is there)"
-            if name[:4] == "vcan":
-                advice = f"ip link add dev {name} type vcan && {up}"
-            try:
-                socket.if_nametoindex(name)     # it is there, but bind refused it
-                text, advice = f"{name} is not a CAN interface", ""
-            except OSError:
-                pass                            # as expected: there is no such interface
-        elif code == errno.ENETDOWN:
-            text, advice = f"interface {name} is down", up
-        elif code == errno.EAFNOSUPPORT:
-            text = "no CAN support (Address family not supported)"
-            advice = "modprobe can_raw; on OpenWrt install kmod-can and kmod-can-raw"
-        elif code == errno.EPROTONOSUPPORT:
-            text = "no raw CAN support (Protocol not supported)"
-            advice = "modprobe can_raw; on OpenWrt install kmod-can-raw"
-        else:
-            text = f"interface {name}: {os.strerror(code)}"
         self.set_state(BusState(AWAY, code, 0, text, advice))
 
     def set_error(self, status: int, code: int, controller: int, text: str) -> None:
@@ -1114,7 +1083,7 @@ class Bus:
 
     def set_state(self, state: BusState) -> None:
         """Note how the bus is doing; check() logs it."""
-        if vars(state) != vars(self.state):
+        if state != self.state:
             self.state = state
             if state.status >= self.worst.status:
                 self.worst = state
@@ -1157,13 +1126,13 @@ class Bus:
     def send(self, can_id: int, data: bytes, sender: Client | Daemon) -> None:
         """Put a frame onto the bus.
 
-        Raises BusFull when there is no room at the moment, BusError when the
-        bus cannot take it.
+        Raises BusFull when there is no room at the moment, VscpError, with what
+        helps, when the bus cannot take it.
         """
         if self.out is None:
-            raise BusError(self.state.trouble())
+            raise VscpError(trouble(self.state))
         if self.state.status == BUS_OFF and not self.has_carrier():
-            raise BusFull(self.state.trouble(), TICK_S)
+            raise BusFull(trouble(self.state), TICK_S)
         try:
             self.out.send(pack_frame(can_id, data))
         except OSError as error:
@@ -1176,7 +1145,7 @@ class Bus:
                 self.send(can_id, data, sender)
                 return
             self.set_away(error.errno)
-            raise BusError(self.state.trouble()) from None
+            raise VscpError(trouble(self.state)) from None
         if self.virtual or self.own_wanted and self.passes(can_id):
             self.own.append((can_id, data, sender))
 
@@ -1366,12 +1335,14 @@ class Client:
         self.interest = 0                       # what the selector watches
         self.ended = False                      # the peer sends no more
         self.deaf = False                       # the peer takes no more
+        self.welcome = False                    # let in, not refused
         self.closed = False
         # Its times
         self.stream_at = NEVER                  # events are sent as they come, from then on
         self.sign_at = NEVER                    # the next sign of life is due
         self.resume_at = 0.0                    # no line runs before; NEVER: it waits for the bus
         self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
+        self.gives_up = False                   # its SEND has waited for too long
         self.log_in_by = NEVER                  # sent away if it may do nothing until then
         self.complain_at = 0.0                  # no warning about lost events before
         self.connected_at = daemon.now
@@ -1414,24 +1385,29 @@ class Client:
 
     def tick(self) -> None:
         """Do what is due: a sign of life, a line that waited, the end."""
-        if self.sign_at <= self.daemon.now:
-            self.sign_at = self.daemon.now + SIGN_OF_LIFE_S
-            self.daemon.soon(self.sign_at)
+        now = self.daemon.now
+        if self.sign_at <= now:
+            self.sign_at = now + SIGN_OF_LIFE_S
             if not self.output:
                 self.write(ok())
-        self.turn()                 # epoll reports room only when a third of the buffer is free
-        if self.log_in_by <= self.daemon.now:
+        if self.log_in_by <= now and self.resume_at <= now:
             self.write(refusal(f"nobody logged in within {LOG_IN_S:.0f} s"))
             self.leave()
-            self.turn()
-        if self.leave_by <= self.daemon.now:
+        self.turn()                 # epoll reports room only when a third of the buffer is free
+        if self.leave_by <= now:
             self.daemon.drop(self, "")
-        if self.look_at <= self.daemon.now and not self.closed:
-            self.look_at = self.daemon.now + PEER_CHECK_S
+        if self.look_at <= now and not self.closed:
+            self.look_at = now + PEER_CHECK_S
             # One that is there acknowledges, if only a probe, however slowly it reads.
-            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
-            if struct.unpack_from("=I", info, LAST_ACK_RECEIVED)[0] > PEER_GONE_S * 1000:
+            if struct.unpack_from("=I", self.tcp_info(), LAST_ACK_RECEIVED)[0] > PEER_GONE_S * 1000:
                 self.daemon.drop(self, "the peer is gone")
+        for when in (self.stream_at, self.sign_at, self.resume_at, self.log_in_by, self.leave_by):
+            if when > now and not self.closed:
+                self.daemon.soon(when)
+
+    def tcp_info(self) -> bytes:
+        """The first bytes of struct tcp_info (linux/tcp.h)."""
+        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
 
     # --- reading and commands ---
 
@@ -1456,12 +1432,11 @@ class Client:
             stream_at = self.stream_at
             try:
                 reply = self.run_line(line)
-            except (BusFull, NotYet) as reason:
+            except Later as later:
                 self.lines.appendleft(line)
-                if isinstance(reason, BusFull):
-                    self.daemon.wait_for_room(self, reason)
-                else:
-                    self.pause(reason.at)
+                self.pause(later.at)
+                if isinstance(later, BusFull):
+                    self.daemon.wait_for_room(self, later)
                 break
             if log.debugging:
                 self.log_exchange(line, reply)
@@ -1475,7 +1450,7 @@ class Client:
             self.leave()
 
     def run_line(self, line: str | VscpError) -> str:
-        """The reply to a line. Raises BusFull or NotYet if it has to be run again later."""
+        """The reply to a line. Raises Later."""
         if not isinstance(line, VscpError):
             return run_command(self, line)
         if line is TOO_MANY_WRONG:
@@ -1502,26 +1477,25 @@ class Client:
         return self.user.name if self.user and self.user.name else f":{port}"
 
     def log_in(self, user: User | None) -> None:
-        """From now on it is this user, or again nobody, who has half a minute to log in."""
+        """From now on it is this user, or again nobody."""
+        if user or self.user:       # a name without a password changes nothing
+            self.log_in_by = NEVER if user or self.daemon.options.guest else (
+                self.daemon.now + LOG_IN_S)
         self.user = user
         self.name = f"{self.address} ({user.name})" if user and user.name else self.address
         self.level = user.level if user else self.daemon.options.guest
-        self.log_in_by = NEVER if self.level else self.daemon.now + LOG_IN_S
+        if self.level < COMMANDS["rcvloop"].privilege:
+            self.stream_at = self.sign_at = NEVER
 
     def has_ended(self) -> bool:
         """Whether the peer sends no more, even if not all has been read."""
-        try:
-            return self.ended or not self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        return self.tcp_info()[0] != TCP_ESTABLISHED
 
     def on_wrong_log_in(self, error: VscpError) -> None:
         """Answer slowly; who tries again from that address has to wait, too."""
         log.warning(f"{self.address}: {error}")
         self.log_in(None)
-        self.daemon.suspect(self.host)
+        self.daemon.suspect(self)
         self.failures += 1
         if self.failures >= MOST_WRONG_LOGINS:
             self.lines.clear()
@@ -1716,7 +1690,7 @@ def find_command(name: str) -> Command:
 def run_command(client: Client, line: str) -> str:
     """The whole reply to a command line, data lines and exactly one final line.
 
-    Raises BusFull alone: the same line is to be run again later.
+    Raises Later alone.
     """
     try:
         name, *arguments = line.split() or [""]
@@ -1734,8 +1708,6 @@ def run_command(client: Client, line: str) -> str:
                             + f", expected {row.usage}" * ("," in row.usage))
         reply: str = row.handler(client, *arguments)
         return reply
-    except BusFull:
-        raise
     except VscpError as error:
         return refusal(error)
 
@@ -1787,14 +1759,14 @@ def do_pass(client: Client, password: str = "") -> str:
 def log_in(client: Client, name: str, password: str) -> str:
     """Judge name, password and address at once; wrong ones are answered slowly.
 
-    Raises NotYet as long as a wrong log-in from the same address makes it wait.
+    Raises Later as long as a wrong log-in from the same address makes it wait.
     """
     options = client.daemon.options
-    wait_until = client.daemon.suspects.get(client.host, 0.0)
+    wait_until = client.daemon.suspects.get(network_of(client.host), 0.0)
     if wait_until > client.daemon.now:
         if client.has_ended():          # or guesses would make others wait whose peer is gone
             raise VscpError("a wrong log-in came from this address just before, try again")
-        raise NotYet(wait_until)
+        raise Later(wait_until)
     user = find_user(options.lone_user or options.users, name, password, client.host)
     if user is None:
         client.on_wrong_log_in(VscpError("invalid username or password"))
@@ -1999,11 +1971,11 @@ class Daemon:
         self.capabilities = CAPABILITIES
         if listener.family == socket.AF_INET6:
             self.capabilities |= CAPABILITY_IPV6
-        self.clients: set[Client] = set()
+        self.clients: dict[Client, None] = {}   # in the order in which they are served
         self.leaving: set[Client] = set()       # told to go, not counted any more
         self.views: dict[View, list[Client]] = {}
         self.waiting: deque[Client] = deque()   # their next line is a SEND; the head's turn it is
-        self.suspects: dict[str, float] = {}    # until when addresses may not log in
+        self.suspects: dict[bytes, float] = {}  # until when nobody may log in from there
         self.last_id = 0
         self.frames = self.lost = 0             # handed out, lost by clients
         self.status = self.status_key = ""      # what systemd was told
@@ -2023,7 +1995,6 @@ class Daemon:
         self.quiet_until = 0.0                  # a SEND's answer is waited for, nothing gathers
         self.busy_until = 0.0                   # the end of a time ...
         self.busy_frames = 0                    # ... in which so many frames came
-        self.accept_at = NEVER                  # out of descriptors: nobody is let in until then
         self.watchdog_s = watchdog_period()
         self.feed_at = self.now if self.watchdog_s < NEVER else NEVER
         self.stop_by = NEVER                    # the end
@@ -2035,7 +2006,7 @@ class Daemon:
         self.wake_up.setblocking(False)
         self.wake_up_end.setblocking(False)
         self.watch(self.wake_up, selectors.EVENT_READ, self.on_signal)
-        self.bus = Bus(options.canbus, self.selector, self.on_bus)
+        self.bus = Bus(options.canbus, lambda sock, events: self.watch(sock, events, self.on_bus))
         self.set_views()
 
     # --- the loop ---
@@ -2071,8 +2042,7 @@ class Daemon:
         if self.send_by <= self.now:
             self.give_up_waiting()
         self.soon(self.send_by)
-        if self.accept_at <= self.now:
-            self.accept_at = NEVER
+        if self.stop_by == NEVER:           # again, if there were no descriptors
             self.watch(self.listener, selectors.EVENT_READ, self.on_connection)
         if self.feed_at <= self.now and notify("WATCHDOG=1"):
             self.feed_at = self.now + self.watchdog_s
@@ -2098,8 +2068,8 @@ class Daemon:
         """End every connection."""
         notify("STOPPING=1")
         signal.set_wakeup_fd(-1)
-        for client in self.clients | self.leaving:
-            client.sock.close()
+        for client in [*self.clients, *self.leaving]:
+            self.drop(client, "")
         self.bus.close()
         self.listener.close()
         for thing in (self.selector, self.wake_up, self.wake_up_end):
@@ -2117,13 +2087,12 @@ class Daemon:
 
     def watch(self, sock: socket.socket, events: int, action: Callable[[int], None]) -> None:
         """Change what the selector watches a socket for; 0 is nothing."""
-        watched = sock in self.selector.get_map()
-        if not events:
-            if watched:
-                self.selector.unregister(sock)
-        elif watched:
+        watched = self.selector.get_map().get(sock)
+        if watched and not events:
+            self.selector.unregister(sock)
+        elif watched and events != watched.events:
             self.selector.modify(sock, events, action)
-        else:
+        elif events and not watched:
             self.selector.register(sock, events, action)
 
     # --- from the bus to the clients ---
@@ -2240,8 +2209,8 @@ class Daemon:
                              self.listener.getsockname()[1])
         try:
             self.bus.send(can_id & 0x1C000000 | PROBE_RESPONSE, answer, self)
-        except BusError as error:
-            log.debug(f"no answer to a probe: {error}")
+        except (BusFull, VscpError) as error:
+            log.debug(f"no answer to a probe: {getattr(error, 'text', error)}")
 
     def address_for(self, data: bytes) -> str | None:
         """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
@@ -2257,6 +2226,9 @@ class Daemon:
 
     def send(self, client: Client, can_id: int, data: bytes) -> None:
         """Send a client's frame; raises BusFull if there is no room, or others are first."""
+        if client.gives_up:
+            client.gives_up = False
+            raise VscpError(self.full.text)
         self.quiet_until = self.now + QUIET_S
         if self.gather_at < NEVER:
             self.gather_at = self.now
@@ -2304,7 +2276,7 @@ class Daemon:
         waiting, self.waiting = self.waiting, deque()
         self.watch_bus()
         for client in waiting:
-            client.lines[0] = self.full
+            client.gives_up = True
             client.resume_at = 0.0
             client.turn()
 
@@ -2322,7 +2294,9 @@ class Daemon:
         except BlockingIOError:
             return
         except OSError as error:
-            self.on_accept_error(error)
+            # Out of descriptors or memory; the next tick tries again.
+            log.warning(f"cannot accept a connection: {error.strerror}")
+            self.watch(self.listener, 0, self.on_connection)
             return
         host = plain_address(address[0])
         try:
@@ -2341,15 +2315,6 @@ class Daemon:
             self.greet(client)
         client.turn()
 
-    def on_accept_error(self, error: OSError) -> None:
-        """Out of descriptors or memory: no more connections for a moment."""
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            log.debug(f"a connection was gone before it was accepted: {error.strerror}")
-            return
-        log.warning(f"cannot accept a connection: {error.strerror}")
-        self.watch(self.listener, 0, self.on_connection)
-        self.accept_at = self.now + ACCEPT_PAUSE_S
-
     def refuse(self, client: Client, reason: str) -> None:
         """Say why, and close."""
         log.warning(f"{client.name}: refused: {reason}")
@@ -2359,8 +2324,10 @@ class Daemon:
     def greet(self, client: Client) -> None:
         """Say who we are, and let the client in."""
         log.info(f"{client.name}: connected")
-        client.log_in(None)
-        self.clients.add(client)
+        client.welcome = True
+        if not self.options.guest:
+            client.log_in_by = self.now + LOG_IN_S
+        self.clients[client] = None
         self.set_views()
         state = self.bus.state
         client.write(f"uvscpd.py {__version__} - micro VSCP daemon\r\n"
@@ -2382,11 +2349,11 @@ class Daemon:
     def on_leaving(self, client: Client) -> None:
         """The client's slot is free, though its connection is not closed yet."""
         self.remove(client)
-        self.leaving.add(client)
-        if len(self.leaving) > MOST_LEAVING:
+        if len(self.leaving) >= MOST_LEAVING:
             # One that has received everything, else the one that lingers longest.
-            self.drop(min(self.leaving, key=lambda each: (len(each.output), each.leave_by)),
+            self.drop(min(self.leaving, key=lambda each: (bool(each.output), each.leave_by)),
                       "too many are leaving")
+        self.leaving.add(client)
 
     def drop(self, client: Client, reason: str) -> None:
         """Close a connection."""
@@ -2403,6 +2370,8 @@ class Daemon:
         self.leaving.discard(client)
         if self.stop_by < NEVER:
             self.soon(self.now)
+        if not client.welcome:
+            return
         log.info(f"{client.name}: disconnected after "
                  f"{duration_text(self.now - client.connected_at)}: "
                  f"{counted(client.rx_frames, 'event')}, {client.lost} lost, "
@@ -2414,14 +2383,16 @@ class Daemon:
             self.waiting.remove(client)
             self.watch_bus()
         if client in self.clients:
-            self.clients.remove(client)
+            del self.clients[client]
             self.set_views()
 
-    def suspect(self, host: str) -> None:
-        """No log-in from this address for half a second, over however many connections."""
+    def suspect(self, client: Client) -> None:
+        """No log-in from where this client is for half a second, over however many connections."""
         self.suspects = {each: until for each, until in self.suspects.items() if until > self.now}
         if len(self.suspects) < MOST_SUSPECTS:
-            self.suspects[host] = self.now + WRONG_LOGIN_S
+            self.suspects[network_of(client.host)] = self.now + WRONG_LOGIN_S
+        del self.clients[client]            # the others from there are judged before it again
+        self.clients[client] = None
 
     def next_channel_id(self) -> int:
         """A channel id that no client has, as long unused as possible; 0 without ids."""
@@ -2460,6 +2431,13 @@ def plain_address(address: str) -> str:
     return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
+def network_of(host: str) -> bytes:
+    """What counts as one place: an IPv4 address, the first 64 bits of an IPv6 address."""
+    if ":" in host:
+        return socket.inet_pton(socket.AF_INET6, host)[:8]
+    return socket.inet_aton(host)
+
+
 def address_towards(peer: str) -> str | None:
     """Our IPv4 address on the way to another one; None without a way. Nothing is sent."""
     try:
@@ -2475,9 +2453,13 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line and friendlier argument files."""
 
     def error(self, message: str) -> Any:
+        """Log what is wrong, in one line without words that may be a password, and exit."""
         text = re.sub(r"\[Errno \d+\] (.*?): '(.*)'", r"cannot read \2: \1", message)
-        hint = ", see --help" if message.startswith("unrecognized arguments") else ""
-        log.error(f"{self.prog}: {' '.join(text.split())}{hint}")
+        text = re.sub(r"(--[\w-]+)=\S*", r"\1", text)
+        if text.startswith("unrecognized arguments"):
+            names = [word for word in text.split() if word.startswith("-")]
+            text = " ".join(["unrecognized arguments", *names]) + ", see --help"
+        log.error(f"{self.prog}: {' '.join(text.split())}")
         self.exit(2)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
@@ -2489,18 +2471,15 @@ class Parser(argparse.ArgumentParser):
         if "\0" in arg_line:
             self.error("a zero byte in an argument file")
         line = arg_line.strip()
-        if not line or line.startswith("#"):
-            return []
-        option, separator, rest = re.match(        # type: ignore[union-attr]
-            r"(-[^\s=]*)?(\s+|=|$)?(.*)", line).groups("")
+        option, equals, rest = re.match(            # type: ignore[union-attr]
+            r"(--[^\s=]+(?=[\s=]|$)|-[^\s-])?(?:(?<=..)(=)|)\s*(.*)", line).groups("")
+        if not option.startswith("--"):
+            equals, rest = "", equals + rest        # -P=x: the value is =x
         quoted = re.fullmatch(r"""(["'])(.*?)\1(?:\s+#.*)?""", rest)
         value = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", rest)
-        if not option:
-            return [value]
-        if not separator or not (value or quoted or separator == "="):
-            return [option]
-        # In one piece, or a value that starts with `@` would be taken for a file.
-        return [f"{option}={value}" if option.startswith("--") else option + value]
+        if option.startswith("--") and (value or quoted or equals):
+            return [f"{option}={value}"]    # in one piece, or @... would be taken for a file
+        return [option + value] if option or value else []
 
 
 def number_from(least: int, most: int) -> Callable[[str], int]:
@@ -2615,15 +2594,9 @@ def pattern_argument(text: str) -> Callable[[str], bool]:
     return lambda host: ipaddress.ip_address(host) in network
 
 
-class User:
-    """Who may log in, from where, and what for."""
-
-    def __init__(self, name: str, digest: bytes, level: int = MOST_PRIVILEGED,
-                 hosts: Iterable[Callable[[str], bool]] = ()) -> None:
-        self.name = name
-        self.digest = digest            # SHA-256 of NAME:PASSWORD
-        self.level = level
-        self.hosts = list(hosts)        # patterns of addresses; none: any address
+# Who may log in: digest, the SHA-256 of NAME:PASSWORD; level, the privilege; hosts, patterns of
+# the addresses from which, none for any.
+User = namedtuple("User", "name digest level hosts")
 
 
 def password_digest(name: str, password: str) -> bytes:
@@ -2652,12 +2625,16 @@ def find_user(users: dict[str, User], name: str, password: str, host: str) -> Us
     return None
 
 
-def read_users(path: str) -> dict[str, User]:
-    """The users in a file: NAME PASSWORD [LEVEL [HOST...]], a line each; `#` starts a comment."""
+def read_users(path: str) -> tuple[dict[str, User], bool]:
+    """The users in a file: NAME PASSWORD [LEVEL [HOST...]], a line each; `#` starts a comment.
+
+    And whether anybody can read it.
+    """
     users: dict[str, User] = {}
     try:
         with open(path, encoding="latin-1") as file:
             lines = file.read().split("\n")
+            public = bool(os.fstat(file.fileno()).st_mode & 0o007)
     except (OSError, ValueError) as error:
         raise VscpError(getattr(error, "strerror", error)) from None
     for number, line in enumerate(lines, 1):
@@ -2669,25 +2646,28 @@ def read_users(path: str) -> dict[str, User]:
                 name, password = map(login_argument, words[:2])
                 if name in users:
                     raise VscpError(f"user {name} is there twice")
-                level = number_from(0, MOST_PRIVILEGED)(words[2]) if words[2:] else MOST_PRIVILEGED
-                users[name] = User(name, password_digest(name, password), level,
-                                   map(pattern_argument, words[3:]))
+                level = words[2] if words[2:] else str(MOST_PRIVILEGED)
+                if not re.fullmatch("[0-9]|1[0-5]", level):     # perhaps a part of the password
+                    raise VscpError("the level is not a number from 0 to 15")
+                users[name] = User(name, password_digest(name, password), int(level),
+                                   [pattern_argument(word) for word in words[3:]])
         except VscpError as error:
             raise VscpError(f"line {number}: {error}") from None
-    return users
+    return users, public
 
 
 def options_of_users(options: argparse.Namespace) -> None:
     """Make users of --users, -U and -P; raises VscpError when they do not fit."""
     path, name, password = options.users, options.user, options.password
-    options.users_file = path
+    options.public_file = ""        # the users' file, if anybody can read it
     options.users = {}              # by name; "" is -P without -U, when any name will do
     options.lone_user = {}          # -U without -P, when the name is enough
     if options.guest is None:
         options.guest = MOST_PRIVILEGED if path is None else 0
     if path is not None:
         try:
-            options.users = read_users(path)
+            options.users, public = read_users(path)
+            options.public_file = path if public else ""
         except VscpError as error:
             raise VscpError(f"--users {path}: {error}") from None
         if (name is None) != (password is None):
@@ -2695,10 +2675,10 @@ def options_of_users(options: argparse.Namespace) -> None:
         if name in options.users:
             raise VscpError(f"user {name} is in {path}, too")
     if password is not None:
-        user = User(name or "", password_digest(name or "", password))
-        options.users[user.name] = user
+        options.users[name or ""] = User(name or "", password_digest(name or "", password),
+                                         MOST_PRIVILEGED, [])
     elif name is not None:
-        options.lone_user[name] = User(name, password_digest(name, ""))
+        options.lone_user[name] = User(name, password_digest(name, ""), MOST_PRIVILEGED, [])
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -2862,38 +2842,33 @@ def ready(child_end: int, port: int) -> None:
     os.close(child_end)
 
 
-def read_pidfile(name: str) -> int:
-    """The process id in the file; 0 if there is none."""
+def lock_pidfile(name: str) -> int:
+    """A descriptor of the file, locked as long as the daemon lives.
+
+    Raises OSError if another daemon, that is alive, has locked it.
+    """
+    os.umask(0o022)
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with open(name, encoding="ascii", errors="replace") as file:
-            return int(re.sub("[^0-9].*", "", file.read(20), flags=re.S) or 0)
-    except FileNotFoundError:
-        return 0
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(descriptor, 20).decode("ascii", "replace").strip()
+        raise FileExistsError(errno.EEXIST, f"process {pid} is alive and has it") from None
+    return descriptor
 
 
-def check_pidfile(name: str) -> None:
-    """Raises OSError if the file is that of another daemon that is alive, or cannot be read."""
-    pid = read_pidfile(name) if name else 0
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            alive = b"uvscpd" in file.read()
-    except OSError:
-        return                          # there is no such process
-    if alive:
-        raise FileExistsError(errno.EEXIST, f"process {pid} is alive", name)
-
-
-def write_pidfile(name: str) -> None:
-    with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "w",
-              encoding="ascii") as file:
-        os.fchmod(file.fileno(), 0o644)         # whatever the umask
-        file.write(f"{os.getpid()}\n")
+def write_pidfile(descriptor: int) -> None:
+    if os.fstat(descriptor).st_size:        # a file, and what is in there is of no more use
+        os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
 
 
 def remove_pidfile(name: str) -> None:
     """Remove the file, unless it is another daemon's by now."""
     try:
-        if read_pidfile(name) == os.getpid():
+        with open(name, encoding="ascii", errors="replace") as file:
+            ours = file.read() == f"{os.getpid()}\n"
+        if ours:
             os.unlink(name)
     except OSError as error:
         log.warning(f"cannot remove {name}: {error.strerror}")
@@ -2902,8 +2877,8 @@ def remove_pidfile(name: str) -> None:
 def tell_who_may_what(options: argparse.Namespace, everywhere: bool) -> None:
     """Log what somebody may not be aware of about access."""
     users = options.users or options.lone_user
-    if options.users_file and os.stat(options.users_file).st_mode & 0o077:
-        log.warning(f"others can read {options.users_file}, try: chmod 600 {options.users_file}")
+    if options.public_file:
+        log.warning(f"others can read {options.public_file}, try: chmod o= {options.public_file}")
     if users and options.guest == MOST_PRIVILEGED:
         log.warning("clients may do everything without logging in; "
                     "--guest 0 makes them log in first")
@@ -2921,17 +2896,17 @@ def serve(options: argparse.Namespace) -> int:
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
     allow_descriptors(options.max_clients)
-    pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
-    try:
-        check_pidfile(pidfile)
-    except OSError as error:
-        log.error(f"uvscpd.py: cannot write {options.pidfile}: {error.strerror}")
-        return 1
     try:
         listener = listen(options.ip, options.port)
     except OSError as error:
         log.error(f"uvscpd.py: cannot listen on {options.ip or ALL_ADDRESSES} port "
                   f"{options.port}: {error.strerror}")
+        return 1
+    pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
+    try:
+        descriptor = lock_pidfile(pidfile) if pidfile else None
+    except OSError as error:
+        log.error(f"uvscpd.py: cannot write {options.pidfile}: {error.strerror}")
         return 1
     if options.users or options.lone_user:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
@@ -2941,12 +2916,8 @@ def serve(options: argparse.Namespace) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has SIGHUP ignored
             signal.signal(number, lambda _number, _frame: daemon.stop())
     try:
-        if pidfile:
-            write_pidfile(pidfile)
-    except OSError as error:
-        log.error(f"uvscpd.py: cannot write {options.pidfile}: {error.strerror}")
-        return 1
-    try:
+        if descriptor is not None:
+            write_pidfile(descriptor)
         if child_end is not None:
             ready(child_end, listener.getsockname()[1])
         host, port = listener.getsockname()[:2]
@@ -2955,14 +2926,14 @@ def serve(options: argparse.Namespace) -> int:
                  f"port {port}, bus {options.canbus}")
         tell_who_may_what(options, everywhere)
         daemon.run()
-        if log.debugging:
-            log.debug("\n".join(daemon.summary()))
-        log.info(f"stopped after {duration_text(daemon.now - daemon.began)}: "
-                 f"{counted(daemon.frames, 'frame')}, {daemon.lost + daemon.bus.overruns} lost")
     finally:
         daemon.close()
         if pidfile:
             remove_pidfile(pidfile)
+    if log.debugging:
+        log.debug("\n".join(daemon.summary()))
+    log.info(f"stopped after {duration_text(daemon.now - daemon.began)}: "
+             f"{counted(daemon.frames, 'frame')}, {daemon.lost + daemon.bus.overruns} lost")
     return 0
 
 
