@@ -2118,7 +2118,8 @@ class ArgumentTest(OwnDaemonTestCase):
         ("--password se#cret", ["--password=se#cret"]), ("-Pse=cret", ["-Pse=cret"]),
         ("--password se=cret", ["--password=se=cret"]), ("-P =x", ["-P=x"]),
         ("-P '@x'", ["-P@x"]), ("--password @x", ["--password=@x"]),
-        ("--pidfile ''", ["--pidfile="]), ('-P"a"', ["-Pa"]), ("'quoted' # comment", ["quoted"]), ("--a 'b", ["--a='b"]),
+        ("--pidfile ''", ["--pidfile="]), ('-P"a"', ["-Pa"]),
+        ("'quoted' # comment", ["quoted"]), ("--a 'b", ["--a='b"]),
     )
 
     def test_lines_of_a_file_of_arguments(self) -> None:
