@@ -2331,24 +2331,161 @@ class PortabilityTest(unittest.TestCase):
             a.expect("+OK", "96,20,3,0,*,#,...")
 
 
-class ReadmeTest(unittest.TestCase):
-    def rows(self, heading: str) -> list[tuple[list[str], str]]:
-        """The rows of a table: the first word of each `...` in the first cell; the second cell."""
+class BenchNode(SimulatedNode):
+    """As SimulatedNode, not hard-coded, and each of its registers on page 0 is 42."""
+
+    def on_event(self, vscp_type: int, data: bytes) -> None:
+        if vscp_type == 9 and data[0] == self.nickname:
+            self.send(10, bytes([data[1], 42]))
+        super().on_event(vscp_type, data)
+
+    def send(self, vscp_type: int, data: bytes, vscp_class: int = 0) -> None:
+        self.peer.send(f"send 0x60,{vscp_class},{vscp_type},0,,0,{uvscpd.format_guid(self.guid)},"
+                       + ",".join(map(str, data)))
+
+
+class ReadmeTest(OwnDaemonTestCase):
+    """README.md is compared with the program, and its sessions are played.
+
+    A session is a block between lines of three backquotes. `$ nc` connects, `> ` is
+    what is typed, as is what printf prints; the rest is what must come, `...` being
+    any number of lines.
+    """
+
+    readme: ClassVar[str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            _, table = file.read().split(f"\n| {heading} |", 1)
-        rows = [line.split("|") for line in table.split("\n\n")[0].splitlines()[2:]]
-        return [([quoted.split()[0] for quoted in re.findall("`([^`]+)`", row[1])], row[2].strip())
-                for row in rows]
+            cls.readme = file.read()
+
+    # --- what it says of the program ---
+
+    def rows(self, heading: str) -> list[tuple[list[str], str]]:
+        """The rows of a table: what stands in `...` in the first cell; the second cell."""
+        _, table = self.readme.split(f"\n| {heading} |", 1)
+        rows = [re.split(r"(?<!\\)\|", line) for line in table.split("\n\n")[0].splitlines()[2:]]
+        return [(re.findall("`([^`]+)`", row[1]), row[2].strip()) for row in rows]
 
     def test_options(self) -> None:
         options = re.findall(r"(?m)^  (-.*?)(?:  |$)", run(PROGRAM, "--help").stdout)
         self.assertGreater(len(options), 10)
-        self.assertEqual(sorted(name for names, _ in self.rows("option") for name in names),
+        self.assertEqual(sorted(text.split()[0] for texts, _ in self.rows("option")
+                                for text in texts),
                          sorted(re.findall(r"(?<!\S)--?[a-zA-Z-]+", " ".join(options))))
 
     def test_commands(self) -> None:
-        self.assertEqual([(names, int(privilege)) for names, privilege in self.rows("command")],
+        self.assertEqual([([text.split()[0] for text in texts], int(privilege))
+                          for texts, privilege in self.rows("command")],
                          [(row.names, row.privilege) for row in ROWS])
+
+    def test_messages(self) -> None:
+        """The messages in "Troubleshooting" are texts of the program."""
+        with open(PROGRAM, encoding="utf-8") as file:
+            source = re.sub(r'"\n\s*f?"', "", file.read())      # adjacent ones are one text
+        texts = {re.sub(r"^(uvscpd\.py|\{[\w.]+\}): ", "", text)
+                 for text in re.findall(r'"([^"\n]{7,})"', source)}
+        patterns = [".+".join(map(re.escape, re.split(r"\{[^{}]*\}", text))) for text in texts]
+        for message in (text for texts, _ in self.rows("message") for text in texts):
+            self.assertTrue(any(re.fullmatch(each, message) for each in patterns
+                                if re.search("[a-z]{3}", each)), message)
+
+    def test_event_line(self) -> None:
+        line, bits = re.findall(r"\n    (96,20,3,.*)\n(?s:.*?)`cansend can0 (\w+#\w+)`",
+                                self.readme)[0]
+        can_id, data = uvscpd.parse_event(line)
+        self.assertEqual(f"{can_id:08X}#{data.hex()}", bits)
+        date, timestamp = line.split(",")[4:6]
+        seconds = timegm(time.strptime(date, "%Y-%m-%dT%H:%M:%SZ"))
+        microseconds = (int(timestamp) - seconds * 1000000) % (1 << 32)
+        self.assertLess(microseconds, 1000000)
+        frame = can_id, data, seconds, microseconds * 1000, None
+        self.assertEqual(uvscpd.format_events([frame], uvscpd.format_guid(bytes(15))),
+                         [line + "\r\n"])
+
+    def test_users(self) -> None:
+        text, = re.findall("```\n(# name .*?)```", self.readme, re.S)
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(text)
+            file.flush()
+            users = uvscpd.read_users(file.name)
+        self.assertEqual([(name, user.level) for name, user in users.items()],
+                         [("panel", 4), ("watcher", 2), ("hass", 15)])
+        name, password = re.findall(r"`printf %s (\w+):(\w+) \| sha256sum`", self.readme)[0]
+        self.assertTrue(uvscpd.find_user(users, name, password, "192.168.1.8"))
+
+    # --- sessions ---
+
+    def sessions(self, heading: str) -> list[list[str]]:
+        """The lines of each session in a section; `$` starts one."""
+        section = self.readme.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        return [session.splitlines() for block in re.findall("```\n(.*?)```", section, re.S)
+                for session in re.split(r"(?m)^\$ ", block)[1:]]
+
+    def normal(self, line: str) -> str:
+        """A line without what differs from run to run: times, ports, where the bus is."""
+        line = re.sub(r"^\d\d:\d\d:\d\d\.\d{6} (\S+ +(?=\* ))?", "", line)
+        return re.sub(r"\d{4}-\d\d-\d\dT[\d:]+Z,\d+|127\.0\.0\.1:\d+|port \d+|\b\d+ s\b|[\d.]+ per "
+                      rf"second|at most \d+|can0|:virtual:|{re.escape(BUS)}", "?", line)
+
+    def hear(self, read_line: Callable[[], str], shown: list[str]) -> None:
+        """Read lines, which must be those that README shows; signs of life may come in between."""
+        skipping, deadline = False, time.monotonic() + RETURN_S
+        for line in map(self.normal, shown):
+            if line == "...":
+                skipping = True
+                continue
+            heard = self.normal(read_line())
+            while (heard != line and (skipping or heard == "+OK") and heard[0] != "("
+                   and time.monotonic() < deadline):
+                heard = self.normal(read_line())
+            self.assertEqual(heard, line)
+            skipping = False
+
+    def play(self, daemon: DaemonProcess, sessions: list[list[str]]) -> None:
+        """Play sessions; what somebody who types hears last is read once all have been played."""
+        last = []
+        for command, *lines in sessions:
+            peer = Peer(daemon.port)
+            self.addCleanup(peer.__exit__)
+            piped = re.findall(r"printf '(.*)\\n'", command)
+            if piped:
+                lines = [f"> {text}" for text in piped[0].split(r"\n")] + lines
+                lines.insert(-1, "> quit")
+            shown: list[str] = []
+            for line in lines:
+                if line.startswith("> "):
+                    self.hear(peer.read_line, shown)
+                    peer.send(line[2:])
+                    shown = ["..."] if shown[-1:] == ["..."] else []
+                else:
+                    shown.append(line)
+            if piped:
+                self.hear(peer.read_line, shown)
+                port = peer.sock.getsockname()[1]
+                peer.__exit__()
+                daemon.await_log(f":{port}: disconnected")
+            else:
+                last.append((peer, shown))
+        for peer, shown in last:
+            self.hear(peer.read_line, shown)
+
+    def test_quick_start(self) -> None:
+        self.play(self.start(), self.sessions("Quick start"))
+
+    def test_bench(self) -> None:
+        daemon = self.start("-d", ip="")
+        node = BenchNode(daemon.port, 5)
+        *sessions, (_, *screen) = self.sessions("At the bench")
+        self.play(daemon, sessions)
+        node.send(6, bytes.fromhex("8A8100D7"), vscp_class=10)
+        node.send(3, bytes([0, 1, 35]), vscp_class=20)
+        daemon.await_log("INFORMATION ON")
+        address = ":".join(map(str, node.peer.sock.getsockname()))
+        node.close()
+        log = daemon.stop(signal.SIGINT).splitlines()
+        rest = iter(line for line in log if address not in line)
+        self.hear(lambda: next(rest, "(nothing)"), screen)
 
 
 # =============================================================================
