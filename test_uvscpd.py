@@ -2408,7 +2408,7 @@ class ReadmeTest(OwnDaemonTestCase):
         with tempfile.NamedTemporaryFile("w") as file:
             file.write(text)
             file.flush()
-            users = uvscpd.read_users(file.name)
+            users, _ = uvscpd.read_users(file.name)
         self.assertEqual([(name, user.level) for name, user in users.items()],
                          [("panel", 4), ("watcher", 2), ("hass", 15)])
         name, password = re.findall(r"`printf %s (\w+):(\w+) \| sha256sum`", self.readme)[0]
