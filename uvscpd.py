@@ -48,7 +48,7 @@ from collections import deque, namedtuple
 from functools import lru_cache, partialmethod
 
 # Type checkers take this for true. At run time, importing typing would be an eighth of the start.
-TYPE_CHECKING = False
+TYPE_CHECKING: bool = False  # Python 3.7 or newer is needed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
@@ -1978,7 +1978,7 @@ class Daemon:
         self.suspects: dict[bytes, float] = {}  # until when nobody may log in from there
         self.last_id = 0
         self.frames = self.lost = 0             # handed out, lost by clients
-        self.status = self.status_key = ""      # what systemd was told
+        self.status = ("", "")                  # what systemd was told: the state, the numbers
         # For the summary of -d
         self.by_class: dict[int, int] = {}
         self.second = self.in_second = self.most_in_second = 0
@@ -2051,13 +2051,12 @@ class Daemon:
             self.stop_by = self.now
 
     def tell_systemd(self) -> None:
-        """Tell systemd how it goes: changes at once, new numbers now and then."""
-        key = f"{self.bus.name}: {self.bus.state.text}, {counted(len(self.clients), 'client')}"
-        status = f"{key}, {counted(self.frames, 'frame')}, {self.lost + self.bus.overruns} lost"
-        if (key != self.status_key or status != self.status and self.status_at <= self.now) and (
-                notify(f"READY=1\nSTATUS={status}")):
-            self.status_key, self.status = key, status
-            self.status_at = self.now + STATUS_S
+        """Tell systemd how it goes: a change of state at once, new numbers now and then."""
+        state = f"{self.bus.name}: {self.bus.state.text}, {counted(len(self.clients), 'client')}"
+        numbers = f"{counted(self.frames, 'frame')}, {self.lost + self.bus.overruns} lost"
+        due = state != self.status[0] or numbers != self.status[1] and self.status_at <= self.now
+        if due and notify(f"READY=1\nSTATUS={state}, {numbers}"):
+            self.status, self.status_at = (state, numbers), self.now + STATUS_S
 
     def stop(self) -> None:
         """Tell every client, and end once all have gone or the time is up."""
