@@ -452,20 +452,26 @@ def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> li
     ['352,20,3,0,,1795390139810025000,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
     """
     lines = []
-    byte_text, date, date_of, last_id = BYTE_TEXT, "", -1, -1
+    text_of, last_id, last_second, last_sender = BYTE_TEXT, -1, -1, None
     for can_id, data, seconds, nanoseconds, sender in frames:
-        if can_id != last_id:
-            before, nickname = id_text(can_id, 0x100 if in_ns else 0)
-            last_id = can_id
-        if in_ns:
-            timestamp = seconds * 1000000000 + nanoseconds
+        # On the way of every frame. By instructions, of 9,000: what the frame before had too
+        # is not made again (1,200 less), and a full frame needs no loop (1,700 less).
+        if can_id != last_id or seconds != last_second or sender is not last_sender:
+            last_id, last_second, last_sender = can_id, seconds, sender
+            start, nickname = id_text(can_id, 0x100 if in_ns else 0)
+            start += f"{sender.channel_id if sender else 0},"
+            start += "," if in_ns else f"{utc_text(seconds)}Z,"
+            date_us = seconds * 1000000 & 0xFFFFFFFF
+            end = f",{guid}{nickname}"
+        if len(data) == 8:
+            a, b, c, d, e, f, g, h = data
+            text = (f"{text_of[a]}{text_of[b]}{text_of[c]}{text_of[d]}"
+                    f"{text_of[e]}{text_of[f]}{text_of[g]}{text_of[h]}")
         else:
-            if seconds != date_of:
-                date, date_of = utc_text(seconds) + "Z", seconds
-                date_us = seconds * 1000000 & 0xFFFFFFFF
-            timestamp = date_us + nanoseconds // 1000 & 0xFFFFFFFF
-        lines.append(f"{before}{sender.channel_id if sender else 0},{date},{timestamp},{guid}"
-                     f"{nickname}{''.join([byte_text[byte] for byte in data])}\r\n")
+            text = "".join([text_of[byte] for byte in data])
+        timestamp = (seconds * 1000000000 + nanoseconds if in_ns
+                     else date_us + nanoseconds // 1000 & 0xFFFFFFFF)
+        lines.append(f"{start}{timestamp}{end}{text}\r\n")
     return lines
 
 
@@ -1163,9 +1169,8 @@ class Bus:
         # What the loop needs is looked up once: it is the way of every frame.
         recvmsg, unpack, unpack_time = self.sock.recvmsg, FRAME.unpack, self.unpack_time
         size, extended, confirm = FRAME.size, EFF_FLAG >> 29, MSG_CONFIRM
-        well, draining = self.state is BUS_WELL, False
-        while limit > 0:
-            limit -= 1
+        well = self.state is BUS_WELL
+        for _ in range(limit):
             try:
                 raw, ancillary, flags, _address = recvmsg(size, ANCILLARY_SIZE)
             except BlockingIOError:
@@ -1173,22 +1178,23 @@ class Bus:
                 break
             except OSError:
                 self.went = True
+                continue
+            can_id, length, data = unpack(raw)
+            # The usual: an extended data frame of another node, on a bus that is well, with the
+            # kernel's time of it.
+            if can_id >> 29 == extended and well and ancillary and not flags & confirm:
+                seconds, nanoseconds = unpack_time(ancillary[0][2])
+                frames.append((can_id & EFF_MASK, data[:length], seconds, nanoseconds, None))
             else:
-                can_id, length, data = unpack(raw)
-                # The usual: an extended data frame of another node, on a bus that is well, with
-                # the kernel's time of it.
-                if can_id >> 29 == extended and well and ancillary and not flags & confirm:
-                    seconds, nanoseconds = unpack_time(ancillary[0][2])
-                    frames.append((can_id & EFF_MASK, data[:length], seconds, nanoseconds, None))
-                    continue
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
                 well = self.state is BUS_WELL
-            if self.went and not draining:
-                draining, limit = True, FRAMES_IN_KERNEL
-        if empty and self.went:
+        if self.went and empty:
             self.went = False
             self.own.clear()
             self.look_up()
+        elif self.went and limit < FRAMES_IN_KERNEL:
+            rest, empty = self.read(FRAMES_IN_KERNEL)
+            frames += rest
         return frames, empty
 
     def on_unusual(self, can_id: int, data: bytes, ancillary: list[tuple[int, int, bytes]],
