@@ -1855,7 +1855,7 @@ def do_ggid(client: Client) -> str:
 @command("retr retrieve", 2, "[N]", "up to N buffered events, or one; all if N is negative")
 def do_retr(client: Client, count: str = "1") -> str:
     everything = bool(re.fullmatch("-[0-9]+", count))
-    wanted = 0 if everything else parse_number(count, sys.maxsize, "number of events")
+    wanted = 0 if everything else parse_number(count, sys.maxsize, "the count")
     if client.stream_at < NEVER:
         return ok()
     client.daemon.drain()
@@ -2468,7 +2468,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """An argument a line; `--port 8598` may stand in one line, too.
+        """One argument per line; `--port 8598` may stand in one line, too.
 
         A value may stand in quotes; behind it, a `#` that follows a space starts a
         comment.
@@ -2631,7 +2631,7 @@ def find_user(users: dict[str, User], name: str, password: str, host: str) -> Us
 
 
 def read_users(path: str) -> tuple[dict[str, User], bool]:
-    """The users in a file: NAME PASSWORD [LEVEL [HOST...]], a line each; `#` starts a comment.
+    """The users in a file: NAME PASSWORD [LEVEL [HOST...]], one per line; `#` starts a comment.
 
     And whether anybody can read it.
     """
@@ -2697,7 +2697,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   uvscpd.py -c can0 --pidfile /run/uvscpd.pid @/etc/uvscpd.conf
                                         in the background, more options in a file
 
-An argument @FILE stands for the arguments in FILE, one a line. README.md tells the rest.""")
+An argument @FILE stands for the arguments in FILE, one per line. README.md has the rest.""")
 
     # All of them in groups: for an option without one argparse makes a formatter, and that
     # takes as long as the import of typing.
@@ -2724,7 +2724,7 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
 
     add = parser.add_argument_group("access").add_argument
     add("--users", metavar="FILE",
-        help="users, one a line: NAME PASSWORD [LEVEL [HOST...]]")
+        help="users, one per line: NAME PASSWORD [LEVEL [HOST...]]")
     add("-U", "--user", metavar="NAME", type=login_argument, help="name of one more user")
     add("-P", "--password", metavar="PASSWORD", type=login_argument, help="its password")
     add("--guest", metavar="LEVEL", type=number_from(0, MOST_PRIVILEGED),
@@ -2736,7 +2736,7 @@ An argument @FILE stands for the arguments in FILE, one a line. README.md tells 
     add = parser.add_argument_group("running").add_argument
     add("-s", "--stay", action="store_true",
         help="stay in the foreground, messages on stderr (default: detach, messages to syslog)")
-    add("-d", "--debug", action="store_true", help="tell every command, reply and event")
+    add("-d", "--debug", action="store_true", help="show every command and reply, and all that is on the bus")
     add("--pidfile", metavar="FILE", default="", help="write the process id to FILE")
     add("-h", "--help", action="help", help="show this help and exit")
     add("-v", "--version", action="version", version=f"uvscpd.py {__version__}",
