@@ -111,6 +111,8 @@ ANCILLARY_SIZE = 64             # bytes; a timestamp needs 32
 TCP_ESTABLISHED = 1             # the first byte of struct tcp_info; not once the peer has closed
 LAST_ACK_RECEIVED = 56          # offset in struct tcp_info of a number of milliseconds
 
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
 # Our own limits.
 NEVER = float("inf")
 TICK_S = 0.5                    # how often everything that has a time is looked at
@@ -425,9 +427,12 @@ def parse_event(text: str, *guids: bytes) -> tuple[int, bytes]:
 
 
 @lru_cache(maxsize=4096)
-def id_text(can_id: int, head_bits: int = 0) -> tuple[str, str]:
-    """What a CAN id alone says: `head,class,type,` and `:nickname`; more bits for the head."""
-    head = can_id >> 21 & 0xF0 | head_bits
+def id_text(can_id: int) -> tuple[str, str]:
+    """What a CAN id alone says: `head,class,type,` and `:nickname`.
+
+    Bit 29, which no CAN id has, is bit 8 of the head.
+    """
+    head = can_id >> 21 & 0x1F0
     return f"{head},{can_id >> 16 & 0x1FF},{can_id >> 8 & 0xFF},", f":{can_id & 0xFF:X}"
 
 
@@ -458,9 +463,9 @@ def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> li
         # is not made again (1,200 less), and a full frame needs no loop (1,700 less).
         if can_id != last_id or seconds != last_second or sender is not last_sender:
             last_id, last_second, last_sender = can_id, seconds, sender
-            start, nickname = id_text(can_id, 0x100 if in_ns else 0)
-            start += f"{sender.channel_id if sender else 0},"
-            start += "," if in_ns else f"{utc_text(seconds)}Z,"
+            head, nickname = id_text(can_id | in_ns << 29)
+            date = "" if in_ns else utc_text(seconds) + "Z"
+            start = f"{head}{sender.channel_id if sender else 0},{date},"
             date_us = seconds * 1000000 & 0xFFFFFFFF
             end = f",{guid}{nickname}"
         if len(data) == 8:
@@ -473,14 +478,6 @@ def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> li
                      else date_us + nanoseconds // 1000 & 0xFFFFFFFF)
         lines.append(f"{start}{timestamp}{end}{text}\r\n")
     return lines
-
-
-def can_size(lines: list[str], block: bytes) -> int:
-    """How many bytes event lines, also given as one block, have on CAN: 4 for the id, and data.
-
-    A line has 6 commas and one for each byte of data.
-    """
-    return block.count(b",") - 2 * len(lines)
 
 
 # =============================================================================
@@ -1000,8 +997,8 @@ class Bus:
     def watch(self, reading: bool, writing: bool) -> None:
         """Have the selector say when there is something to read, when there is room."""
         if self.sock is not None and self.out is not None:
-            self.watch_socket(self.sock, selectors.EVENT_READ * reading)
-            self.watch_socket(self.out, selectors.EVENT_WRITE * writing)
+            self.watch_socket(self.sock, READ * reading)
+            self.watch_socket(self.out, WRITE * writing)
 
     def check(self) -> None:
         """Look after the bus and log how it is doing; called once per tick.
@@ -1137,7 +1134,7 @@ class Bus:
         """
         if self.out is None:
             raise VscpError(trouble(self.state))
-        if self.state.status == BUS_OFF and not self.has_carrier():
+        if self.state is not BUS_WELL and self.state.status == BUS_OFF and not self.has_carrier():
             raise BusFull(trouble(self.state), TICK_S)
         try:
             self.out.send(pack_frame(can_id, data))
@@ -1358,7 +1355,7 @@ class Client:
 
     def on_ready(self, mask: int) -> None:
         """The connection has sent something, or takes something again."""
-        if mask & selectors.EVENT_READ and not self.closed:
+        if mask & READ and not self.closed:
             self.read()
         self.turn()
 
@@ -1370,10 +1367,12 @@ class Client:
         if self.closed:
             return
         try:
-            self.flush()
+            if self.output:
+                self.flush()
             if not self.output:                 # else the peer shall read its replies first
                 self.run_lines()
-                self.flush()
+                if self.output:
+                    self.flush()
             # Last, or a bus that is faster than the peer would keep its commands from running.
             while self.fifo and not self.output and self.stream_at <= self.daemon.now:
                 self.output += self.next_block()
@@ -1437,7 +1436,7 @@ class Client:
             line = self.lines.popleft()
             stream_at = self.stream_at
             try:
-                reply = self.run_line(line)
+                reply = run_command(self, line) if isinstance(line, str) else self.refuse(line)
             except Later as later:
                 self.lines.appendleft(line)
                 self.pause(later.at)
@@ -1455,13 +1454,11 @@ class Client:
         if self.ended and not self.lines:
             self.leave()
 
-    def run_line(self, line: str | VscpError) -> str:
-        """The reply to a line. Raises Later."""
-        if not isinstance(line, VscpError):
-            return run_command(self, line)
-        if line is TOO_MANY_WRONG:
+    def refuse(self, error: VscpError) -> str:
+        """The reply that was due; the last one if there were too many wrong log-ins."""
+        if error is TOO_MANY_WRONG:
             self.leave()
-        return refusal(line)
+        return refusal(error)
 
     def log_exchange(self, line: str | VscpError, reply: str) -> None:
         """Log a command and its reply."""
@@ -1587,9 +1584,9 @@ class Client:
         """Have the selector watch for what this client can use now."""
         interest = 0
         if self.output or self.lines and self.resume_at <= self.daemon.now:
-            interest = selectors.EVENT_WRITE
+            interest = WRITE
         if not self.lines and not self.ended:
-            interest |= selectors.EVENT_READ
+            interest |= READ
         if interest != self.interest:
             try:
                 self.daemon.watch(self.sock, interest, self.on_ready)
@@ -2007,11 +2004,11 @@ class Daemon:
         # Sockets
         self.selector = selectors.DefaultSelector()
         self.listener = listener
-        self.watch(listener, selectors.EVENT_READ, self.on_connection)
+        self.watch(listener, READ, self.on_connection)
         self.wake_up, self.wake_up_end = socket.socketpair()
         self.wake_up.setblocking(False)
         self.wake_up_end.setblocking(False)
-        self.watch(self.wake_up, selectors.EVENT_READ, self.on_signal)
+        self.watch(self.wake_up, READ, self.on_signal)
         self.bus = Bus(options.canbus, lambda sock, events: self.watch(sock, events, self.on_bus))
         self.set_views()
 
@@ -2049,7 +2046,7 @@ class Daemon:
             self.give_up_waiting()
         self.soon(self.send_by)
         if self.stop_by == NEVER:           # again, if there were no descriptors
-            self.watch(self.listener, selectors.EVENT_READ, self.on_connection)
+            self.watch(self.listener, READ, self.on_connection)
         if self.feed_at <= self.now and notify("WATCHDOG=1"):
             self.feed_at = self.now + self.watchdog_s
         self.tell_systemd()
@@ -2104,9 +2101,9 @@ class Daemon:
 
     def on_bus(self, mask: int) -> None:
         """There is something to read on the bus, or there is room again for those that wait."""
-        if mask & selectors.EVENT_WRITE:
+        if mask & WRITE:
             self.send_waiting()
-        if not mask & selectors.EVENT_READ:
+        if not mask & READ:
             return
         # A lone frame is passed on at once, without a second read to hear that there is no more.
         slept = self.now - self.bus_read_at > AT_ONCE_S
@@ -2165,12 +2162,14 @@ class Daemon:
                 continue
             lines = format_events(seen, guid, self.options.ns_timestamps)
             block = "".join(lines).encode("ascii")
-            size = can_size(lines, block)
+            # A line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
+            size = block.count(b",") - 2 * len(lines)
             for client in clients:
                 if client in senders:
                     others = [line for line, frame in zip(lines, seen) if frame[4] is not client]
                     block_of_others = "".join(others).encode("ascii")
-                    client.put(others, block_of_others, can_size(others, block_of_others))
+                    size_of_others = block_of_others.count(b",") - 2 * len(others)
+                    client.put(others, block_of_others, size_of_others)
                 else:
                     client.put(lines, block, size)
 
@@ -2736,7 +2735,8 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
     add = parser.add_argument_group("running").add_argument
     add("-s", "--stay", action="store_true",
         help="stay in the foreground, messages on stderr (default: detach, messages to syslog)")
-    add("-d", "--debug", action="store_true", help="show every command and reply, and all that is on the bus")
+    add("-d", "--debug", action="store_true",
+        help="show every command and reply, and all that is on the bus")
     add("--pidfile", metavar="FILE", default="", help="write the process id to FILE")
     add("-h", "--help", action="help", help="show this help and exit")
     add("-v", "--version", action="version", version=f"uvscpd.py {__version__}",
