@@ -1515,20 +1515,21 @@ class Client:
         """
         self.rx_frames += len(lines)
         self.rx_bytes += size
-        if self.stream_at > self.daemon.now or self.output or self.fifo:
+        if self.fifo or self.output or self.stream_at > self.daemon.now:
             lost = len(self.fifo) + len(lines) - (self.fifo.maxlen or 0)
             self.fifo.extend(lines)
             if lost > 0:
                 self.on_lost(lost)
             return
-        if len(block) <= self.segment and not self.deaf:    # nearly always: without a copy
+        if len(block) <= self.segment:      # nearly always: without a copy
             try:
-                block = block[self.sock.send(block):]
-            except BlockingIOError:
-                pass                                        # flush() and the selector do the rest
+                sent = self.sock.send(block)
+                if sent == len(block):
+                    return
+                block = block[sent:]
             except OSError:
-                self.deaf = True
-        if block and not self.deaf:
+                pass                        # flush() finds out
+        if not self.deaf:
             self.output += block
             self.flush()
             self.watch()
