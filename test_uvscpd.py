@@ -46,6 +46,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import os
 import random
@@ -498,12 +499,13 @@ class OwnDaemonTestCase(unittest.TestCase):
         return peer
 
     @contextlib.contextmanager
-    def detached(self, **options: Any) -> Iterator[tuple[int, int]]:
+    def detached(self, program: tuple[str, ...] = (PROGRAM,),
+                 **options: Any) -> Iterator[tuple[int, int]]:
         """The port and the process id of a daemon in the background, which must end in the end."""
         with tempfile.TemporaryDirectory() as directory, reserved_port() as port:
             life, other_end = os.pipe()         # which ends when the daemon is no more
             self.addCleanup(os.close, life)
-            result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
+            result = run(*program, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
                          "uvscpd.pid", cwd=directory, pass_fds=(other_end,), **options)
             os.close(other_end)
             self.assertEqual((result.returncode, result.stderr), (0, ""))
@@ -1460,7 +1462,9 @@ nobody   nothing     0
                 (["--users"], "a b", 0o600, ""),
                 (["--users"], "a b", 0o640, "others can read "),
                 (["--users"], "# nobody", 0o600, "nobody can log in"),
-                (["--guest", "3"], "", 0, "nobody can log in"), ([], "", 0, "")):
+                (["--guest", "3"], "", 0, "nobody can log in"), ([], "", 0, ""),
+                (["-i", "0.0.0.0"], "", 0, "every host that reaches this one may use the bus"),
+                (["-i", "0.0.0.0", "--allow", "::1"], "", 0, "")):
             with self.subTest(arguments, text=text, mode=mode):
                 if arguments == ["--users"]:
                     name = self.users_file(text)
@@ -1761,6 +1765,115 @@ class LimitsTest(DaemonTestCase):
             self.assertEqual(peer.ask("noop"), ["+OK"])
 
 
+
+class TurnTest(OwnDaemonTestCase):
+    """What a daemon does in a turn of its loop, and at which time."""
+
+    def logged(self, log: mock.Mock) -> list[str]:
+        """What was logged since the last call."""
+        lines = [call[0][1] for call in log.call_args_list]
+        log.reset_mock()
+        return lines
+
+    def test_STAT_counts_of_the_bus(self) -> None:
+        daemon = self.inside()
+        daemon.bus.overruns = 5                 # before it connected
+        client, _ = self.connected(daemon)
+        daemon.bus.overruns, daemon.bus.bus_offs, daemon.bus.warnings, client.lost = 7, 1, 2, 30
+        self.assertEqual(uvscpd.run_command(client, "stat"), "1,2,32,0,0,0,0\r\n+OK\r\n")
+
+    def test_lost_events_are_logged_once_per_hour(self) -> None:
+        daemon = self.inside("--buffer", "3")
+        client, _ = self.connected(daemon)
+        with mock.patch.object(uvscpd.log, "put", return_value=True) as log:
+            for seconds, count, warnings in ((0, 3, 0), (0, 1, 1), (3599, 2, 0), (2, 1, 1)):
+                daemon.now += seconds
+                client.put(["event\r\n"] * count, b"event\r\n" * count, 5 * count)
+                self.assertEqual(self.logged(log), [
+                    f"{client.name}: loses events, it does not fetch them and its buffer of "
+                    "3 events is full"] * warnings)
+        self.assertEqual((client.lost, daemon.lost, len(client.fifo)), (4, 4, 3))
+        self.assertEqual((client.rx_frames, client.rx_bytes), (7, 35))
+
+    def test_frames_gather_under_load(self) -> None:
+        daemon = self.inside()
+        client, _ = self.connected(daemon)
+        sender, bus = SENDERS["A"], daemon.bus
+        for number in range(8):                 # the eighth within 20 ms is load
+            self.assertEqual((daemon.gather_at, bus.watched[0]), (uvscpd.NEVER, True))
+            bus.send(number, b"", sender)
+            daemon.now = daemon.bus_read_at + 0.002
+            daemon.busy_until = max(daemon.busy_until, daemon.now) if number else 0.0
+            daemon.on_bus(selectors.EVENT_READ)
+        self.assertAlmostEqual(daemon.gather_at - daemon.now, 0.005)
+        self.assertFalse(bus.watched[0])
+        for count, gathers in ((3, True), (1, False)):
+            for number in range(count):
+                bus.send(number, b"", sender)
+            daemon.gather()
+            self.assertEqual((daemon.gather_at < uvscpd.NEVER, bus.watched[0]),
+                             (gathers, not gathers))
+        self.assertEqual(len(client.fifo), 12)
+
+    def test_addresses_of_wrong_logins_are_bounded(self) -> None:
+        daemon = self.inside()
+        for number in range(1500):
+            daemon.suspect(f"10.0.{number // 256}.{number % 256}")
+        self.assertEqual(len(daemon.suspects), 1000)
+        daemon.now += 0.6
+        daemon.suspect("::1")
+        self.assertEqual(daemon.suspects, {"::1": daemon.now + 0.5})
+
+    def test_numbers_for_systemd_every_ten_seconds(self) -> None:
+        daemon = self.inside()
+        with mock.patch("uvscpd.notify", return_value=True) as notify:
+            for seconds, frames, told in ((0, 0, True), (9, 5, False), (2, 5, True), (11, 5, False),
+                                          (0, 6, True), (9, 7, False)):
+                daemon.now += seconds
+                daemon.frames = frames
+                daemon.tick()
+                self.assertEqual([call[0][0] for call in notify.call_args_list], [
+                    f"READY=1\nSTATUS=:virtual:: OK, 0 clients, {frames} frames, 0 lost"] * told)
+                notify.reset_mock()
+
+    def test_connection_that_cannot_be_accepted(self) -> None:
+        daemon = self.inside()
+        for code, seconds in ((errno.ECONNABORTED, 0), (errno.EMFILE, 1), (errno.ENOMEM, 1)):
+            with self.subTest(errno.errorcode[code]), mock.patch.object(
+                    daemon, "listener", accept=mock.Mock(side_effect=OSError(code, "no"))), \
+                    mock.patch.object(daemon, "watch") as watch, \
+                    mock.patch.object(uvscpd.log, "put", return_value=True) as log:
+                daemon.on_connection(0)
+                self.assertEqual(self.logged(log), ["cannot accept a connection: no"] * seconds)
+                for since in (0, 0.9, 0.2):
+                    daemon.now += since
+                    daemon.tick()
+                self.assertEqual([call[0][1] for call in watch.call_args_list],
+                                 [0, selectors.EVENT_READ] * seconds)
+
+    def test_peer_that_acknowledges_nothing_for_five_minutes(self) -> None:
+        for milliseconds, gone in ((299999, False), (300001, True)):
+            daemon = self.inside()
+            client, _ = self.connected(daemon)
+            info = bytes(56) + struct.pack("=I", milliseconds) + bytes(4)
+            with mock.patch.object(client, "sock", wraps=client.sock) as sock:
+                sock.getsockopt.side_effect = lambda *_, info=info: info
+                for seconds, closed in ((9, False), (2, gone)):
+                    daemon.now += seconds
+                    client.tick()
+                    self.assertEqual(client.closed, closed)
+            daemon.drop(client, "")
+
+    def test_how_often_systemd_wants_to_hear(self) -> None:
+        pid = str(os.getpid())
+        for environment, seconds in (
+                ({}, uvscpd.NEVER), ({"WATCHDOG_USEC": "3000000"}, 1.5),
+                ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": pid}, 1.5),
+                ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": pid + "0"}, uvscpd.NEVER)):
+            with mock.patch.dict(os.environ, environment):
+                self.assertEqual(uvscpd.watchdog_period(), seconds)
+
+
 class ClientIdTest(OwnDaemonTestCase):
     BASE = "FF:FF:FF:FF:FF:FF:FF:F5:1:2:3:4"
     DATA = "255,255,255,255,255,255,255,245,1,2,3,4"
@@ -1843,6 +1956,22 @@ class ClientIdTest(OwnDaemonTestCase):
             ips = set(re.findall(r"\|-- (?!127)(\S+)\n +/32 host LOCAL", file.read()))
         self.assert_machine_guid("mac", self.MAC, macs)
         self.assert_machine_guid("ip", self.IP, {socket.inet_aton(ip) for ip in ips})
+
+    def test_interfaces_of_this_machine(self) -> None:
+        names = uvscpd.network_interfaces()
+        self.assertEqual({*names, "lo"}, {*os.listdir("/sys/class/net")} | {"lo"})
+
+    def test_interfaces_of_other_machines(self) -> None:
+        route = "Iface\tDestination\tGateway\neth1\t0000A8C0\t00000000\nwlan0\t00000000\t0100A8C0\n"
+        dev = "Inter-|   Receive\n face |bytes\n    lo:  0 0\n  eth1: 1 2\n wlan0: 3 4\n"
+        with mock.patch("builtins.open", side_effect=[io.StringIO(route), io.StringIO(dev)]):
+            self.assertEqual(uvscpd.network_interfaces(), ["wlan0", "eth1", "wlan0"])
+
+    def test_addresses_as_they_are_logged(self) -> None:
+        for address, plain in (("127.0.0.1", "127.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"),
+                               ("::1", "::1"), ("fe80::1%eth0", "fe80::1"),
+                               ("::ffff:0:1", "::ffff:0:1")):
+            self.assertEqual(uvscpd.plain_address(address), plain)
 
     def test_GUID_of_other_machines(self) -> None:
         # struct ifreq: name, then a sockaddr: family and 6 bytes; family, port and 4 bytes.
@@ -2058,11 +2187,44 @@ class ArgumentTest(OwnDaemonTestCase):
         "--ip=fe80::1%\udcff", "--ip=127.0.0.1%lo",
         "--guid=1:2", "--guid=", "--guid=-", "--guid=1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:100",
         "--user=", "--user=two words", "--password=", "--password=two words", "--password=\xe9",
-        "--buffer=0", "--buffer=x", "--buffer=-1", "--max-clients=0", "--max-clients=x")
+        "--buffer=x", "--max-clients=x", f"--user={'x' * 256}")
+    LIMITS = (("guest", 0, 15), ("buffer", 1, 1000000), ("max-clients", 1, 10000),
+              ("port", 0, 65535))
+    LINES: tuple[tuple[str, list[str]], ...] = (    # of a file; the arguments
+        ("", []), (" # A comment", []), ("-s", ["-s"]), ("-s  # stay", ["-s"]),
+        ("Admin", ["Admin"]), ("a#b # c", ["a#b"]), ("--port 8598", ["--port=8598"]),
+        (" -p  8598\t# a port", ["-p8598"]), ("--port=8598", ["--port=8598"]),
+        ("--pidfile=", ["--pidfile="]), ("--pidfile ''", ["--pidfile="]), ("-P @x", ["-P@x"]),
+        ('-P "a # b"', ["-Pa # b"]), ("-P 'a \"b' # c", ["-Pa \"b"]), ("-P 'a b\"", ["-P'a b\""]))
 
     def test_bad_arguments(self) -> None:
         for argument in self.BAD_ARGUMENTS:
             self.assert_bad_argument(argument)
+        self.assert_bad_argument("--nonsense", "unrecognized arguments: --nonsense, see --help$")
+        self.assert_bad_argument("@/no/file", "cannot read /no/file: No such file or directory$")
+
+    def test_least_and_greatest_numbers(self) -> None:
+        for option, least, most in self.LIMITS:
+            for number in (least, most):
+                options = uvscpd.parse_arguments([f"--{option}={number}"])
+                self.assertEqual(vars(options)[option.replace("-", "_")], number)
+            for number in (least - 1, most + 1):
+                self.assert_bad_argument(f"--{option}={number}", f"--{option}: '{number}' is not "
+                                         f"a number from {least} to {most}$")
+
+    def test_no_arguments(self) -> None:
+        options = uvscpd.parse_arguments([])
+        self.assertEqual(
+            (options.canbus, options.guid, options.buffer, options.ip, options.port,
+             options.max_clients, options.guest, options.allow, options.pidfile),
+            ("can0", bytes(16), 1000, None, 8598, 50, 15, [], ""))
+        self.assertFalse(options.ns_timestamps or options.answer_probes or options.stay
+                         or options.debug or options.users or options.lone_user)
+
+    def test_lines_of_a_file_of_arguments(self) -> None:
+        for line, arguments in self.LINES:
+            with self.subTest(line):
+                self.assertEqual(uvscpd.Parser().convert_arg_line_to_args(line), arguments)
 
     def test_status_and_output_of_the_process(self) -> None:
         for option, status, stdout, stderr in (
@@ -2178,6 +2340,21 @@ class ProcessTest(OwnDaemonTestCase):
                         with self.assertRaises(ConnectionRefusedError):
                             daemon.connect(host)
 
+    def test_IPv6_that_is_not_there(self) -> None:
+        real = socket.socket
+        for code in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EMFILE):
+            def without_ipv6(family: int, kind: int, reason: int = code) -> socket.socket:
+                if family == socket.AF_INET6:
+                    raise OSError(reason, "")
+                return real(family, kind)
+
+            with self.subTest(errno.errorcode[code]), mock.patch("socket.socket", without_ipv6):
+                if code == errno.EMFILE:
+                    self.assertRaises(OSError, uvscpd.listen, None, 0)
+                else:
+                    with uvscpd.listen(None, 0) as listener:
+                        self.assertEqual(listener.family, socket.AF_INET)
+
     def test_missing_interface_and_JOURNAL_STREAM(self) -> None:
         try:
             socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW).close()
@@ -2201,6 +2378,33 @@ class ProcessTest(OwnDaemonTestCase):
         log = self.start(JOURNAL_STREAM="8:1").stop()
         self.assertRegex(log, r"(?m)^uvscpd\.py .* listening on ")
         self.assertNotIn("<", log)
+
+    def test_debug_shows_commands_and_events(self) -> None:
+        daemon = self.start("-d", "-U", "hass", "-P", "x")
+        a, b = self.connect(daemon), self.connect(daemon)
+        name, port = "{}:{}".format(*a.sock.getsockname()), b.sock.getsockname()[1]
+        a.send("user hass", "pass x", "send 96,20,4,0,,0,-,0,1", "chid")
+        a.expect("+OK", "+OK", "+OK", "0", "+OK")
+        for vscp_class in (10, 20, 0):
+            b.ask(f"send 0,{vscp_class},6,0,,0,::5")
+        a.await_events(3)
+        a.send("quit")
+        a.expect("+OK - bye", "(closed)")
+        a.__exit__()
+        daemon.await_log("disconnected")
+        log = daemon.stop()
+        for text in (f"{name} > user hass", f"{name} < +OK", f"{name} (hass) > pass ***",
+                     f"{name} (hass) > chid", f"{name} (hass) < 0",
+                     "hass      * 0C140400  INFORMATION OFF (20.4)         host p3     00 01"
+                     "        index 0, zone 1",
+                     f":{port:<8} * 00140605  INFORMATION TERMINATING (20.6) node 5 p0"):
+            self.assertRegex(log, rf"(?m)^\d\d:\d\d:\d\d\.\d{{6}} {re.escape(text)}$")
+        self.assertRegex(log, r"(?m)^.{15} " + re.escape(BUS) + r": 4 frames in \d+ s, \d+\.\d per "
+                         r"second, at most [1-4]; 0 error frames\n        2 INFORMATION \(20\)\n"
+                         r"(        1 (MEASUREMENT|PROTOCOL) \((0|10)\)\n){2}")
+        self.assertRegex(log, rf"{re.escape(name)} \(hass\): disconnected after \d s: 3 events, "
+                         "0 lost, 1 sent\n")
+        self.assertRegex(log, "(?m) stopped after [0-9]+ s: 4 frames, 0 lost$")
 
     def test_debug_does_not_show_a_password(self) -> None:
         daemon = self.start("-d", "-U", "Admin", "-P", "secRet")
@@ -3277,15 +3481,27 @@ class LogTest(OwnDaemonTestCase):
         self.assertAlmostEqual(told + len(re.findall(": (dis)?connected", log)), 2 * calls,
                                delta=1)         # the last one may still be on its way out
 
-    @needs_guest
     def test_nobody_reads_syslog(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.bind("/dev/log")
-            self.addCleanup(os.unlink, "/dev/log")
-            with self.detached() as (port, pid):
+        with tempfile.TemporaryDirectory() as directory, \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(os.path.join(directory, "log"))
+            sock.settimeout(TIMEOUT)
+            program = f"""if True:
+                import sys
+                sys.path.insert(0, {HERE!r})
+                import uvscpd
+                send = uvscpd.socket.socket.sendto
+                def redirected(sock, text, path):
+                    assert path == "/dev/log"
+                    return send(sock, text, {sock.getsockname()!r})
+                uvscpd.socket.socket.sendto = redirected
+                sys.exit(uvscpd.main())
+            """
+            with self.detached(program=("-c", program)) as (port, pid):
                 for _ in range(100):
                     self.call(port)
-            self.assertRegex(sock.recv(1000).decode(), rf"<30>.*uvscpd\[{pid}\]: ")
+            self.assertRegex(sock.recv(1000).decode(), rf"\A<30>[A-Z][a-z]{{2}} [ 123]\d \d\d:\d\d:"
+                             rf"\d\d uvscpd\[{pid}\]: uvscpd\.py .* listening on .* port {port}, ")
 
     def test_full_disk(self) -> None:
         with tempfile.TemporaryDirectory() as directory, reserved_port() as port, \
@@ -3536,7 +3752,7 @@ class TroubleTest(OwnDaemonTestCase):
             client.turn()
         for seconds, closed in ((4, False), (2, True)):     # with all sent, 5 s
             daemon.now += seconds
-            client.tick()
+            daemon.tick()
             self.assertEqual(client.closed, closed)
 
     def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
@@ -3565,6 +3781,17 @@ class TroubleTest(OwnDaemonTestCase):
             refused.expect("-OK - Max number of clients connected.")
         peer.send("vers", "quit")
         peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
+
+    def test_who_lingers_longest_goes_when_too_many_do(self) -> None:
+        daemon = self.inside("--max-clients", "200")
+        clients = [self.connected(daemon)[0] for _ in range(uvscpd.MOST_LEAVING + 2)]
+        clients[0].output += b"not yet sent"
+        for number, client in enumerate(clients):
+            self.assertEqual([each.closed for each in clients].index(True) if number > 100 else 0,
+                             number > 100)
+            client.leave()
+            daemon.now += 0.01
+        self.assertEqual([number for number, each in enumerate(clients) if each.closed], [1, 2])
 
     def test_many_QUIT_in_one_turn(self) -> None:
         daemon = self.start("--max-clients", "150")
@@ -3620,6 +3847,23 @@ class TroubleTest(OwnDaemonTestCase):
             daemon.stop()
             with open(name, encoding="ascii") as file:
                 self.assertEqual(file.read(), "1\n")
+
+    def test_pidfile_that_is_there_already(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            name = os.path.join(directory, "pid")
+            alive = self.start("--pidfile", name)
+            result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--pidfile", name)
+            self.assertEqual((result.returncode, result.stderr),
+                             (1, f"uvscpd.py: cannot write {name}: process {alive.process.pid} is "
+                              "alive\n"))
+            for text in ("1", "", "x", "999999999", f"-{alive.process.pid}"):    # no daemon's
+                with open(name, "w", encoding="ascii") as file:
+                    file.write(f"{text}\n")
+                daemon = self.start("--pidfile", name)
+                with open(name, encoding="ascii") as file:
+                    self.assertEqual(file.read(), f"{daemon.process.pid}\n")
+                daemon.stop()
+                self.assertFalse(os.path.exists(name))
 
     def test_bug_in_a_command(self) -> None:
         daemon = DaemonProcess(program=("-c", f"""if True:
