@@ -919,7 +919,13 @@ class MeaningTest(unittest.TestCase):
                 (0x040, "", "bus off"), (0x020, "0000", "nobody acknowledges"),
                 (0x004, "0020", "controller (transmit passive)"),
                 (0x204, "000C", "controller (receive warning, transmit warning)"),
-                (0x088, "00FF", "protocol violation, bus error"), (0x800, "", "unknown")):
+                (0x088, "00FF", "protocol violation, bus error"), (0x800, "", "unknown"),
+                *((1 << bit, "", text) for bit, text in enumerate((
+                    "transmit timeout", "lost arbitration", "controller", "protocol violation",
+                    "transceiver", "nobody acknowledges", "bus off", "bus error", "restarted"))),
+                *((4, f"00{1 << bit:02X}", f"controller ({text})") for bit, text in enumerate((
+                    "receive overflow", "transmit overflow", "receive warning", "transmit warning",
+                    "receive passive", "transmit passive", "active")))):
             with self.subTest(text):
                 self.assertEqual(uvscpd.error_meaning(can_id, bytes.fromhex(data)), text)
 
@@ -1546,6 +1552,13 @@ nobody   nothing     0
 # =============================================================================
 # Room on the virtual bus, and who sent the frames that come back.
 
+def logged(put: mock.Mock) -> list[str]:
+    """The lines given to Log.put since the last call."""
+    lines = [call[0][1] for call in put.call_args_list]
+    put.reset_mock()
+    return lines
+
+
 class BusTest(unittest.TestCase):
     HISTORIES = (       # A1: A sends frame 1; 1=A: it is A's when it comes back
         "1=None",
@@ -1594,6 +1607,48 @@ class BusTest(unittest.TestCase):
         self.bus.own.extend((number, b"", SENDERS["A"]) for number in range(100))
         self.assertIsNotNone(self.bus.claim(80, b""))
         self.assertEqual([each[0] for each in self.bus.own], [*range(16, 80), *range(81, 100)])
+
+    ERROR_FRAMES = (    # class, data[1]; what INFO says then, STAT's first three counts
+        (0x004, 0x01, '0,0,0,"OK"', "0,0,1"), (0x004, 0x02, '0,0,0,"OK"', "0,0,1"),
+        (0x004, 0x04, '1,4,4,"error warning"', "0,1,1"),
+        (0x004, 0x08, '1,4,8,"error warning"', "0,1,1"),
+        (0x004, 0x10, '2,4,16,"error passive"', "0,2,1"),
+        (0x004, 0x2C, '2,4,44,"error passive"', "0,2,1"), (0x004, 0x40, '0,0,0,"OK"', "0,2,1"),
+        (0x020, 0, '1,32,0,"nobody acknowledges"', "0,3,1"),
+        (0x001, 0, '1,1,0,"transmit timeout"', "0,4,1"), (0x100, 0, '0,0,0,"OK"', "0,4,1"),
+        (0x044, 0x21, '3,68,33,"bus off"', "1,4,2"), (0x100, 0, '0,0,0,"OK"', "1,4,2"),
+        (0x008, 0x7F, '0,0,0,"OK"', "1,4,2"))
+
+    def test_error_frames(self) -> None:
+        for error_class, controller, info, counts in self.ERROR_FRAMES:
+            with self.subTest(f"{error_class:03X}#{controller:02X}"):
+                data = bytes([0, controller]) + bytes(6)
+                self.assertEqual(self.bus.on_unusual(
+                    uvscpd.ERR_FLAG | error_class, data, [], 0), [])
+                state = self.bus.state
+                self.assertEqual(
+                    f'{state.status},{state.code},{state.subcode},"{state.text}"', info)
+                self.assertEqual(
+                    f"{self.bus.bus_offs},{self.bus.warnings},{self.bus.overruns}", counts)
+
+    def test_frame_after_errors(self) -> None:
+        for error_class, controller, well in ((0x020, 0, True), (0x001, 0, True),
+                                              (0x004, 0x04, False), (0x004, 0x10, False)):
+            self.bus.on_error_frame(error_class, bytes([0, controller]))
+            self.send(1)
+            self.assertEqual(len(self.bus.read(9)[0]), 1)
+            self.assertEqual(self.bus.state is uvscpd.BUS_WELL, well)
+
+    def test_state_that_came_and_went(self) -> None:
+        with mock.patch.object(uvscpd.log, "put", return_value=True) as log:
+            for error_classes, text in (
+                    ([0x040, 0x100], "bus off"), ([], "the bus is back, was: bus off"),
+                    ([0x020], "nobody acknowledges"), ([0x020], "")):
+                for error_class in error_classes:
+                    self.bus.on_error_frame(error_class, b"")
+                self.bus.check()
+                self.assertEqual([line.partition(", try: ")[0] for line in logged(log)],
+                                 [f":virtual:: {text}"] * bool(text))
 
     def test_own_frames_are_bounded(self) -> None:
         for number in range(3000):
@@ -1769,12 +1824,6 @@ class LimitsTest(DaemonTestCase):
 class TurnTest(OwnDaemonTestCase):
     """What a daemon does in a turn of its loop, and at which time."""
 
-    def logged(self, log: mock.Mock) -> list[str]:
-        """What was logged since the last call."""
-        lines = [call[0][1] for call in log.call_args_list]
-        log.reset_mock()
-        return lines
-
     def test_STAT_counts_of_the_bus(self) -> None:
         daemon = self.inside()
         daemon.bus.overruns = 5                 # before it connected
@@ -1789,7 +1838,7 @@ class TurnTest(OwnDaemonTestCase):
             for seconds, count, warnings in ((0, 3, 0), (0, 1, 1), (3599, 2, 0), (2, 1, 1)):
                 daemon.now += seconds
                 client.put(["event\r\n"] * count, b"event\r\n" * count, 5 * count)
-                self.assertEqual(self.logged(log), [
+                self.assertEqual(logged(log), [
                     f"{client.name}: loses events, it does not fetch them and its buffer of "
                     "3 events is full"] * warnings)
         self.assertEqual((client.lost, daemon.lost, len(client.fifo)), (4, 4, 3))
@@ -1814,6 +1863,49 @@ class TurnTest(OwnDaemonTestCase):
             self.assertEqual((daemon.gather_at < uvscpd.NEVER, bus.watched[0]),
                              (gathers, not gathers))
         self.assertEqual(len(client.fifo), 12)
+
+    def test_nothing_gathers_while_somebody_waits_for_an_answer(self) -> None:
+        daemon = self.inside()
+        client, _ = self.connected(daemon)
+        for quiet_s, gathers in ((0.019, False), (0.021, True)):
+            daemon.now += 10
+            daemon.gather_at = daemon.now + 1
+            self.assertEqual(uvscpd.run_command(client, "send 0,20,1,0,,0,-"), "+OK\r\n")
+            self.assertEqual(daemon.gather_at, daemon.now)
+            daemon.gather()                     # just the one
+            self.assertEqual(daemon.gather_at, uvscpd.NEVER)
+            daemon.now += quiet_s
+            for number in range(9):
+                daemon.bus.send(number, b"", SENDERS["A"])
+            daemon.busy_until, daemon.busy_frames = daemon.now, 7
+            daemon.on_bus(selectors.EVENT_READ)
+            self.assertEqual(daemon.gather_at < uvscpd.NEVER, gathers)
+            daemon.drain()
+            self.assertEqual(len(client.fifo), 9)
+            client.fifo.clear()
+
+    def test_lone_frame_or_all_in_a_turn(self) -> None:
+        daemon = self.inside()
+        client, _ = self.connected(daemon)
+        for since_s, count in ((0.0005, 3), (0.0015, 1)):
+            for number in range(3):
+                daemon.bus.send(number, b"", SENDERS["A"])
+            daemon.now = daemon.bus_read_at + since_s
+            daemon.on_bus(selectors.EVENT_READ)
+            self.assertEqual(len(client.fifo), count)
+            daemon.drain()
+            client.fifo.clear()
+
+    def test_end_without_clients_comes_at_once(self) -> None:
+        daemon = self.inside()
+        daemon.tick()
+        daemon.stop()
+        self.assertGreater(daemon.stop_by, daemon.now)
+        daemon.wake_up_end.send(b"\0")
+        daemon.on_signal(0)
+        self.assertEqual(daemon.tick_at, daemon.now)
+        daemon.tick()
+        self.assertEqual(daemon.stop_by, daemon.now)
 
     def test_addresses_of_wrong_logins_are_bounded(self) -> None:
         daemon = self.inside()
@@ -1844,7 +1936,7 @@ class TurnTest(OwnDaemonTestCase):
                     mock.patch.object(daemon, "watch") as watch, \
                     mock.patch.object(uvscpd.log, "put", return_value=True) as log:
                 daemon.on_connection(0)
-                self.assertEqual(self.logged(log), ["cannot accept a connection: no"] * seconds)
+                self.assertEqual(logged(log), ["cannot accept a connection: no"] * seconds)
                 for since in (0, 0.9, 0.2):
                     daemon.now += since
                     daemon.tick()
@@ -3480,6 +3572,18 @@ class LogTest(OwnDaemonTestCase):
         told = sum(int(number) for number in re.findall(lost, log))
         self.assertAlmostEqual(told + len(re.findall(": (dis)?connected", log)), 2 * calls,
                                delta=1)         # the last one may still be on its way out
+
+    def test_messages_that_cannot_be_written(self) -> None:
+        log = uvscpd.Log()
+        with mock.patch("select.select", return_value=([], [2], [])), \
+                mock.patch("os.write", side_effect=OSError) as write:
+            for _ in range(2):
+                log.info("two\nlines")
+            write.side_effect = lambda _, text: len(text)
+            for _ in range(4):
+                log.info("two\nlines")
+            self.assertEqual([call[0][1] for call in write.call_args_list][-9:], [
+                b"4 messages could not be logged\n", *[b"two\n", b"lines\n"] * 4])
 
     def test_nobody_reads_syslog(self) -> None:
         with tempfile.TemporaryDirectory() as directory, \
