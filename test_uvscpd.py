@@ -798,6 +798,9 @@ MEANINGS = (                            # CAN id # data; name; what the data say
     ("00002005#0207056578616D70", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)",
      "frame 2, GUID 7:5, MDF examp"),
     ("00002005#036C650A6F007800", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", "frame 3, MDF le.o.x"),
+    ("00002005#0007", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", "frame 0, GUID 7"),
+    ("00002005#031F207E7F410000", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)",
+     "frame 3, MDF . ~.A"),
     ("00002005#0600000000000000", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", "frame 6"),
     ("00002005#00", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", ""),
     ("00002A05#01", "PROTOCOL (0.42)", ""),
@@ -836,6 +839,7 @@ MEANINGS = (                            # CAN id # data; name; what the data say
     ("0C3C0605#407266666666", "MEASUREMENT64 TEMPERATURE (60.6)", ""),
     ("0C400605#FFEFFFFFFFFFFFFF", "MEASUREMENT64X4 (64.6)", "-1.79769313486232e+308"),
     ("0C460605#43933333", "MEASUREMENT32 TEMPERATURE (70.6)", "294.4 K"),
+    ("0C4A0605#43933333", "MEASUREMENT32X4 (74.6)", "294.4"),
     ("0C460605#", "MEASUREMENT32 TEMPERATURE (70.6)", ""),
     ("0C410605#010203898100D7", "MEASUREZONE TEMPERATURE (65.6)",
      "21.5 C, index 1, zone 2, sub-zone 3"),
@@ -843,6 +847,10 @@ MEANINGS = (                            # CAN id # data; name; what the data say
      "21 K, index 0, all zones, all sub-zones"),
     ("0C550605#010203", "SETVALUEZONE TEMPERATURE (85.6)", ""),
     ("0C590605#0102036015", "SETVALUEZONEX4 (89.6)", "21, index 1, zone 2, sub-zone 3"),
+    ("0C450605#0102036015", "MEASUREZONEX4 (69.6)", "21, index 1, zone 2, sub-zone 3"),
+    *((f"0C{vscp_class:02X}0605#{data}", f"({vscp_class}.6)", "")   # beside those classes
+      for vscp_class, data in ((9, "6015"), (16, "6015"), (59, "4072666666666666"),
+                               (75, "43933333"), (84, "0102036015"))),
     # Zones, and what comes before them.
     ("0C140305#000123", "INFORMATION ON (20.3)", "index 0, zone 1, sub-zone 35"),
     ("0C140305#00", "INFORMATION ON (20.3)", "index 0"),
@@ -855,7 +863,7 @@ MEANINGS = (                            # CAN id # data; name; what the data say
     ("00010205#0401FF", "ALARM ALARM (1.2)", "alarm 4, zone 1, all sub-zones"),
     ("04020905#000123", "SECURITY DOOR_OPEN (2.9)", "data 0, zone 1, sub-zone 35"),
     # Only the class is known, or not even that.
-    ("0C5A0305#000123", "WEATHER (90.3)", ""),
+    ("0C5A0305#0001236015", "WEATHER (90.3)", ""),
     ("1FFFFFFF#FFFFFFFFFFFFFFFF", "LOCAL (511.255)", ""),
     ("0D900305#000123", "(400.3)", ""),
 )
@@ -1927,6 +1935,17 @@ class TurnTest(OwnDaemonTestCase):
                 self.assertEqual([call[0][0] for call in notify.call_args_list], [
                     f"READY=1\nSTATUS=:virtual:: OK, 0 clients, {frames} frames, 0 lost"] * told)
                 notify.reset_mock()
+
+    def test_systemd_that_does_not_listen_is_told_again(self) -> None:
+        daemon = self.inside()
+        with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": "/run/no"}), \
+                mock.patch("uvscpd.notify_socket") as sock:
+            for error in (OSError(errno.EAGAIN, "full"), None, None):
+                sock().sendto.side_effect = error
+                daemon.tick()
+            self.assertEqual([call[0] for call in sock().sendto.call_args_list],
+                             [(b"READY=1\nSTATUS=:virtual:: OK, 0 clients, 0 frames, 0 lost",
+                               "/run/no")] * 2)
 
     def test_connection_that_cannot_be_accepted(self) -> None:
         daemon = self.inside()
@@ -3915,6 +3934,7 @@ class TroubleTest(OwnDaemonTestCase):
                 client.lines.extend(["send 96,20,3,0,,0,-"])
                 client.turn()
             self.assertEqual(list(daemon.waiting), clients)
+            self.assertEqual(daemon.bus.watched, (True, True))
             self.assertEqual(send.call_count, 1)            # the others see that it has no room
             daemon.now += uvscpd.SEND_WAIT_S - 0.1
             send.side_effect = [None, full]
@@ -3928,6 +3948,7 @@ class TroubleTest(OwnDaemonTestCase):
             daemon.tick()
         self.assertEqual([len(client.lines) for client in clients], [0] * 9)
         self.assertFalse(daemon.waiting)
+        self.assertEqual(daemon.bus.watched, (True, False))
 
     def test_too_few_descriptors_to_start(self) -> None:
         for most in range(4, 10):
