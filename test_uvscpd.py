@@ -46,6 +46,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import os
 import random
@@ -498,12 +499,13 @@ class OwnDaemonTestCase(unittest.TestCase):
         return peer
 
     @contextlib.contextmanager
-    def detached(self, *arguments: str, **options: Any) -> Iterator[tuple[int, int]]:
+    def detached(self, *arguments: str, program: tuple[str, ...] = (PROGRAM,),
+                 **options: Any) -> Iterator[tuple[int, int]]:
         """The port and the process id of a daemon in the background, which must end in the end."""
         with tempfile.TemporaryDirectory() as directory, reserved_port() as port:
             life, other_end = os.pipe()         # which ends when the daemon is no more
             self.addCleanup(os.close, life)
-            result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
+            result = run(*program, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
                          "uvscpd.pid", *arguments, cwd=directory, pass_fds=(other_end,), **options)
             os.close(other_end)
             self.assertEqual((result.returncode, result.stderr), (0, ""))
@@ -796,6 +798,9 @@ MEANINGS = (                            # CAN id # data; name; what the data say
     ("00002005#0207056578616D70", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)",
      "frame 2, GUID 7:5, MDF examp"),
     ("00002005#036C650A6F007800", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", "frame 3, MDF le.o.x"),
+    ("00002005#0007", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", "frame 0, GUID 7"),
+    ("00002005#031F207E7F410000", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)",
+     "frame 3, MDF . ~.A"),
     ("00002005#0600000000000000", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", "frame 6"),
     ("00002005#00", "PROTOCOL WHO_IS_THERE_RESPONSE (0.32)", ""),
     ("00002A05#01", "PROTOCOL (0.42)", ""),
@@ -834,6 +839,7 @@ MEANINGS = (                            # CAN id # data; name; what the data say
     ("0C3C0605#407266666666", "MEASUREMENT64 TEMPERATURE (60.6)", ""),
     ("0C400605#FFEFFFFFFFFFFFFF", "MEASUREMENT64X4 (64.6)", "-1.79769313486232e+308"),
     ("0C460605#43933333", "MEASUREMENT32 TEMPERATURE (70.6)", "294.4 K"),
+    ("0C4A0605#43933333", "MEASUREMENT32X4 (74.6)", "294.4"),
     ("0C460605#", "MEASUREMENT32 TEMPERATURE (70.6)", ""),
     ("0C410605#010203898100D7", "MEASUREZONE TEMPERATURE (65.6)",
      "21.5 C, index 1, zone 2, sub-zone 3"),
@@ -841,6 +847,10 @@ MEANINGS = (                            # CAN id # data; name; what the data say
      "21 K, index 0, all zones, all sub-zones"),
     ("0C550605#010203", "SETVALUEZONE TEMPERATURE (85.6)", ""),
     ("0C590605#0102036015", "SETVALUEZONEX4 (89.6)", "21, index 1, zone 2, sub-zone 3"),
+    ("0C450605#0102036015", "MEASUREZONEX4 (69.6)", "21, index 1, zone 2, sub-zone 3"),
+    *((f"0C{vscp_class:02X}0605#{data}", f"({vscp_class}.6)", "")   # beside those classes
+      for vscp_class, data in ((9, "6015"), (16, "6015"), (59, "4072666666666666"),
+                               (75, "43933333"), (84, "0102036015"))),
     # Zones, and what comes before them.
     ("0C140305#000123", "INFORMATION ON (20.3)", "index 0, zone 1, sub-zone 35"),
     ("0C140305#00", "INFORMATION ON (20.3)", "index 0"),
@@ -853,7 +863,7 @@ MEANINGS = (                            # CAN id # data; name; what the data say
     ("00010205#0401FF", "ALARM ALARM (1.2)", "alarm 4, zone 1, all sub-zones"),
     ("04020905#000123", "SECURITY DOOR_OPEN (2.9)", "data 0, zone 1, sub-zone 35"),
     # Only the class is known, or not even that.
-    ("0C5A0305#000123", "WEATHER (90.3)", ""),
+    ("0C5A0305#0001236015", "WEATHER (90.3)", ""),
     ("1FFFFFFF#FFFFFFFFFFFFFFFF", "LOCAL (511.255)", ""),
     ("0D900305#000123", "(400.3)", ""),
 )
@@ -917,7 +927,13 @@ class MeaningTest(unittest.TestCase):
                 (0x040, "", "bus off"), (0x020, "0000", "nobody acknowledges"),
                 (0x004, "0020", "controller (transmit passive)"),
                 (0x204, "000C", "controller (receive warning, transmit warning)"),
-                (0x088, "00FF", "protocol violation, bus error"), (0x800, "", "unknown")):
+                (0x088, "00FF", "protocol violation, bus error"), (0x800, "", "unknown"),
+                *((1 << bit, "", text) for bit, text in enumerate((
+                    "transmit timeout", "lost arbitration", "controller", "protocol violation",
+                    "transceiver", "nobody acknowledges", "bus off", "bus error", "restarted"))),
+                *((4, f"00{1 << bit:02X}", f"controller ({text})") for bit, text in enumerate((
+                    "receive overflow", "transmit overflow", "receive warning", "transmit warning",
+                    "receive passive", "transmit passive", "active")))):
             with self.subTest(text):
                 self.assertEqual(uvscpd.error_meaning(can_id, bytes.fromhex(data)), text)
 
@@ -1512,7 +1528,9 @@ nobody   nothing     0
                 (["--users"], "a b", 0o640, ""),
                 (["--users"], "a b", 0o644, "others can read "),
                 (["--users"], "# nobody", 0o600, "nobody can log in"),
-                (["--guest", "3"], "", 0, "nobody can log in"), ([], "", 0, "")):
+                (["--guest", "3"], "", 0, "nobody can log in"), ([], "", 0, ""),
+                (["-i", "0.0.0.0"], "", 0, "every host that reaches this one may use the bus"),
+                (["-i", "0.0.0.0", "--allow", "::1"], "", 0, "")):
             with self.subTest(arguments, text=text, mode=mode):
                 if arguments == ["--users"]:
                     name = self.users_file(text)
@@ -1594,6 +1612,13 @@ nobody   nothing     0
 # =============================================================================
 # Room on the virtual bus, and who sent the frames that come back.
 
+def logged(put: mock.Mock) -> list[str]:
+    """The lines given to Log.put since the last call."""
+    lines = [call[0][1] for call in put.call_args_list]
+    put.reset_mock()
+    return lines
+
+
 class BusTest(unittest.TestCase):
     HISTORIES = (       # A1: A sends frame 1; 1=A: it is A's when it comes back
         "1=None",
@@ -1641,6 +1666,48 @@ class BusTest(unittest.TestCase):
         self.assertIsNotNone(self.bus.claim(80, b""))
         self.assertEqual([each[0] for each in self.bus.own], [*range(16, 80), *range(81, 100)])
 
+    ERROR_FRAMES = (    # class, data[1]; what INFO says then, STAT's first three counts
+        (0x004, 0x01, '0,0,0,"OK"', "0,0,1"), (0x004, 0x02, '0,0,0,"OK"', "0,0,1"),
+        (0x004, 0x04, '1,4,4,"error warning"', "0,1,1"),
+        (0x004, 0x08, '1,4,8,"error warning"', "0,1,1"),
+        (0x004, 0x10, '2,4,16,"error passive"', "0,2,1"),
+        (0x004, 0x2C, '2,4,44,"error passive"', "0,2,1"), (0x004, 0x40, '0,0,0,"OK"', "0,2,1"),
+        (0x020, 0, '1,32,0,"nobody acknowledges"', "0,3,1"),
+        (0x001, 0, '1,1,0,"transmit timeout"', "0,4,1"), (0x100, 0, '0,0,0,"OK"', "0,4,1"),
+        (0x044, 0x21, '3,68,33,"bus off"', "1,4,2"), (0x100, 0, '0,0,0,"OK"', "1,4,2"),
+        (0x008, 0x7F, '0,0,0,"OK"', "1,4,2"))
+
+    def test_error_frames(self) -> None:
+        for error_class, controller, info, counts in self.ERROR_FRAMES:
+            with self.subTest(f"{error_class:03X}#{controller:02X}"):
+                data = bytes([0, controller]) + bytes(6)
+                self.assertEqual(self.bus.on_unusual(
+                    uvscpd.ERR_FLAG | error_class, data, [], 0), [])
+                state = self.bus.state
+                self.assertEqual(
+                    f'{state.status},{state.code},{state.subcode},"{state.text}"', info)
+                self.assertEqual(
+                    f"{self.bus.bus_offs},{self.bus.warnings},{self.bus.overruns}", counts)
+
+    def test_frame_after_errors(self) -> None:
+        for error_class, controller, well in ((0x020, 0, True), (0x001, 0, True),
+                                              (0x004, 0x04, False), (0x004, 0x10, False)):
+            self.bus.on_error_frame(error_class, bytes([0, controller]))
+            self.send(1)
+            self.assertEqual(len(self.bus.read(9)[0]), 1)
+            self.assertEqual(self.bus.state is uvscpd.BUS_WELL, well)
+
+    def test_state_that_came_and_went(self) -> None:
+        with mock.patch.object(uvscpd.log, "put", return_value=True) as log:
+            for error_classes, text in (
+                    ([0x040, 0x100], "bus off"), ([], "the bus is back, was: bus off"),
+                    ([0x020], "nobody acknowledges"), ([0x020], "")):
+                for error_class in error_classes:
+                    self.bus.on_error_frame(error_class, b"")
+                self.bus.check()
+                self.assertEqual([line.partition(", try: ")[0] for line in logged(log)],
+                                 [f":virtual:: {text}"] * bool(text))
+
     def test_own_frames_are_bounded(self) -> None:
         for number in range(3000):
             self.bus.own.append((number, b"", SENDERS["A"]))
@@ -1656,6 +1723,12 @@ class Sender(uvscpd.Client):
 
 
 SENDERS = {name: Sender() for name in "ABC"}
+
+
+def watched(daemon: uvscpd.Daemon) -> tuple[bool, bool]:
+    """Whether the selector watches the bus for frames, and for room."""
+    sockets = daemon.selector.get_map()
+    return daemon.bus.sock in sockets, daemon.bus.out in sockets
 
 
 # =============================================================================
@@ -1811,6 +1884,165 @@ class LimitsTest(DaemonTestCase):
             self.assertEqual(peer.ask("noop"), ["+OK"])
 
 
+
+class TurnTest(OwnDaemonTestCase):
+    """What a daemon does in a turn of its loop, and at which time."""
+
+    def test_STAT_counts_of_the_bus(self) -> None:
+        daemon = self.inside()
+        daemon.bus.overruns = 5                 # before it connected
+        client, _ = self.connected(daemon)
+        daemon.bus.overruns, daemon.bus.bus_offs, daemon.bus.warnings, client.lost = 7, 1, 2, 30
+        self.assertEqual(uvscpd.run_command(client, "stat"), "1,2,32,0,0,0,0\r\n+OK\r\n")
+
+    def test_lost_events_are_logged_once_per_hour(self) -> None:
+        daemon = self.inside("--buffer", "3")
+        client, _ = self.connected(daemon)
+        with mock.patch.object(uvscpd.log, "put", return_value=True) as log:
+            for seconds, count, warnings in ((0, 3, 0), (0, 1, 1), (3599, 2, 0), (2, 1, 1)):
+                daemon.now += seconds
+                client.put(["event\r\n"] * count, b"event\r\n" * count, 5 * count)
+                self.assertEqual(logged(log), [
+                    f"{client.name}: loses events, it does not fetch them and its buffer of "
+                    "3 events is full"] * warnings)
+        self.assertEqual((client.lost, daemon.lost, len(client.fifo)), (4, 4, 3))
+        self.assertEqual((client.rx_frames, client.rx_bytes), (7, 35))
+
+    def test_frames_gather_under_load(self) -> None:
+        daemon = self.inside()
+        client, _ = self.connected(daemon)
+        sender, bus = SENDERS["A"], daemon.bus
+        for number in range(8):                 # the eighth within 20 ms is load
+            self.assertEqual((daemon.gather_at, watched(daemon)[0]), (uvscpd.NEVER, True))
+            bus.send(number, b"", sender)
+            daemon.now = daemon.bus_read_at + 0.002
+            daemon.busy_until = max(daemon.busy_until, daemon.now) if number else 0.0
+            daemon.on_bus(selectors.EVENT_READ)
+        self.assertAlmostEqual(daemon.gather_at - daemon.now, 0.005)
+        self.assertFalse(watched(daemon)[0])
+        for count, gathers in ((3, True), (1, False)):
+            for number in range(count):
+                bus.send(number, b"", sender)
+            daemon.gather()
+            self.assertEqual((daemon.gather_at < uvscpd.NEVER, watched(daemon)[0]),
+                             (gathers, not gathers))
+        self.assertEqual(len(client.fifo), 12)
+
+    def test_nothing_gathers_while_somebody_waits_for_an_answer(self) -> None:
+        daemon = self.inside()
+        client, _ = self.connected(daemon)
+        for quiet_s, gathers in ((0.019, False), (0.021, True)):
+            daemon.now += 10
+            daemon.gather_at = daemon.now + 1
+            self.assertEqual(uvscpd.run_command(client, "send 0,20,1,0,,0,-"), "+OK\r\n")
+            self.assertEqual(daemon.gather_at, daemon.now)
+            daemon.gather()                     # just the one
+            self.assertEqual(daemon.gather_at, uvscpd.NEVER)
+            daemon.now += quiet_s
+            for number in range(9):
+                daemon.bus.send(number, b"", SENDERS["A"])
+            daemon.busy_until, daemon.busy_frames = daemon.now, 7
+            daemon.on_bus(selectors.EVENT_READ)
+            self.assertEqual(daemon.gather_at < uvscpd.NEVER, gathers)
+            daemon.drain()
+            self.assertEqual(len(client.fifo), 9)
+            client.fifo.clear()
+
+    def test_lone_frame_or_all_in_a_turn(self) -> None:
+        daemon = self.inside()
+        client, _ = self.connected(daemon)
+        for since_s, count in ((0.0005, 3), (0.0015, 1)):
+            for number in range(3):
+                daemon.bus.send(number, b"", SENDERS["A"])
+            daemon.now = daemon.bus_read_at + since_s
+            daemon.on_bus(selectors.EVENT_READ)
+            self.assertEqual(len(client.fifo), count)
+            daemon.drain()
+            client.fifo.clear()
+
+    def test_end_without_clients_comes_at_once(self) -> None:
+        daemon = self.inside()
+        daemon.tick()
+        daemon.stop()
+        self.assertGreater(daemon.stop_by, daemon.now)
+        daemon.wake_up_end.send(b"\0")
+        daemon.on_signal(0)
+        self.assertEqual(daemon.tick_at, daemon.now)
+        daemon.tick()
+        self.assertEqual(daemon.stop_by, daemon.now)
+
+    def test_addresses_of_wrong_logins_are_bounded(self) -> None:
+        daemon = self.inside()
+        client, _ = self.connected(daemon)
+        for number in range(1500):
+            client.host = f"10.0.{number // 256}.{number % 256}"
+            daemon.suspect(client)
+        self.assertEqual(len(daemon.suspects), 1000)
+        daemon.now += 0.6
+        for client.host in "2001:db8::1", "2001:db8::2":            # one network, one place
+            daemon.suspect(client)
+        self.assertEqual(daemon.suspects, {b"\x20\x01\x0d\xb8\0\0\0\0": daemon.now + 0.5})
+
+    def test_numbers_for_systemd_every_ten_seconds(self) -> None:
+        daemon = self.inside()
+        with mock.patch("uvscpd.notify", return_value=True) as notify:
+            for seconds, frames, told in ((0, 0, True), (9, 5, False), (2, 5, True), (11, 5, False),
+                                          (0, 6, True), (9, 7, False)):
+                daemon.now += seconds
+                daemon.frames = frames
+                daemon.tick()
+                self.assertEqual([call[0][0] for call in notify.call_args_list], [
+                    f"READY=1\nSTATUS=:virtual:: OK, 0 clients, {frames} frames, 0 lost"] * told)
+                notify.reset_mock()
+
+    def test_systemd_that_does_not_listen_is_told_again(self) -> None:
+        daemon = self.inside()
+        with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": "/run/no"}), \
+                mock.patch("uvscpd.notify_socket") as sock:
+            for error in (OSError(errno.EAGAIN, "full"), None, None):
+                sock().sendto.side_effect = error
+                daemon.tick()
+            self.assertEqual([call[0] for call in sock().sendto.call_args_list],
+                             [(b"READY=1\nSTATUS=:virtual:: OK, 0 clients, 0 frames, 0 lost",
+                               "/run/no")] * 2)
+
+    def test_connection_that_cannot_be_accepted(self) -> None:
+        daemon = self.inside()
+        for code, seconds in ((errno.ECONNABORTED, 0), (errno.EMFILE, 1), (errno.ENOMEM, 1)):
+            with self.subTest(errno.errorcode[code]), mock.patch.object(
+                    daemon, "listener", accept=mock.Mock(side_effect=OSError(code, "no"))), \
+                    mock.patch.object(daemon, "watch") as watch, \
+                    mock.patch.object(uvscpd.log, "put", return_value=True) as log:
+                daemon.on_connection(0)
+                self.assertEqual(logged(log), ["cannot accept a connection: no"] * seconds)
+                self.assertEqual([call[0][1] for call in watch.call_args_list], [0] * seconds)
+                daemon.tick()
+                watch.assert_called_with(daemon.listener, selectors.EVENT_READ,
+                                         daemon.on_connection)
+
+    def test_peer_that_acknowledges_nothing_for_five_minutes(self) -> None:
+        for milliseconds, gone in ((299999, False), (300001, True)):
+            daemon = self.inside()
+            client, _ = self.connected(daemon)
+            info = bytes(56) + struct.pack("=I", milliseconds) + bytes(4)
+            with mock.patch.object(client, "sock", wraps=client.sock) as sock:
+                sock.getsockopt.side_effect = lambda *_, info=info: info
+                for seconds, closed in ((9, False), (2, gone)):
+                    daemon.now += seconds
+                    client.tick()
+                    self.assertEqual(client.closed, closed)
+            daemon.drop(client, "")
+
+    def test_how_often_systemd_wants_to_hear(self) -> None:
+        pid = str(os.getpid())
+        for environment, seconds in (
+                ({}, uvscpd.NEVER), ({"WATCHDOG_USEC": "3000000"}, 1.5),
+                ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": pid}, 1.5),
+                ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": pid + "0"}, uvscpd.NEVER)):
+            with mock.patch.dict(os.environ, environment):
+                self.assertEqual(uvscpd.watchdog_period(), seconds)
+
+
 class ClientIdTest(OwnDaemonTestCase):
     BASE = "FF:FF:FF:FF:FF:FF:FF:F5:1:2:3:4"
     DATA = "255,255,255,255,255,255,255,245,1,2,3,4"
@@ -1893,6 +2125,22 @@ class ClientIdTest(OwnDaemonTestCase):
             ips = set(re.findall(r"\|-- (?!127)(\S+)\n +/32 host LOCAL", file.read()))
         self.assert_machine_guid("mac", self.MAC, macs)
         self.assert_machine_guid("ip", self.IP, {socket.inet_aton(ip) for ip in ips})
+
+    def test_interfaces_of_this_machine(self) -> None:
+        names = uvscpd.network_interfaces()
+        self.assertEqual({*names, "lo"}, {*os.listdir("/sys/class/net")} | {"lo"})
+
+    def test_interfaces_of_other_machines(self) -> None:
+        route = "Iface\tDestination\tGateway\neth1\t0000A8C0\t00000000\nwlan0\t00000000\t0100A8C0\n"
+        dev = "Inter-|   Receive\n face |bytes\n    lo:  0 0\n  eth1: 1 2\n wlan0: 3 4\n"
+        with mock.patch("builtins.open", side_effect=[io.StringIO(route), io.StringIO(dev)]):
+            self.assertEqual(uvscpd.network_interfaces(), ["wlan0", "eth1", "wlan0"])
+
+    def test_addresses_as_they_are_logged(self) -> None:
+        for address, plain in (("127.0.0.1", "127.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"),
+                               ("::1", "::1"), ("fe80::1%eth0", "fe80::1"),
+                               ("::ffff:0:1", "::ffff:0:1")):
+            self.assertEqual(uvscpd.plain_address(address), plain)
 
     def test_GUID_of_other_machines(self) -> None:
         # struct ifreq: name, then a sockaddr: family and 6 bytes; family, port and 4 bytes.
@@ -2108,12 +2356,15 @@ class ArgumentTest(OwnDaemonTestCase):
         "--ip=fe80::1%\udcff", "--ip=127.0.0.1%lo",
         "--guid=1:2", "--guid=", "--guid=-", "--guid=1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:100",
         "--user=", "--user=two words", "--password=", "--password=two words", "--password=\xe9",
-        "--buffer=0", "--buffer=x", "--buffer=-1", "--max-clients=0", "--max-clients=x")
-
+        "--buffer=x", "--max-clients=x", f"--user={'x' * 256}")
+    LIMITS = (("guest", 0, 15), ("buffer", 1, 1000000), ("max-clients", 1, 10000),
+              ("port", 0, 65535))
     LINES: tuple[tuple[str, list[str]], ...] = (        # of a file of arguments; the arguments
-        ("-s", ["-s"]), ("--stay", ["--stay"]), ("Admin", ["Admin"]), ("  # comment", []),
+        ("", []), ("  # comment", []), ("-s", ["-s"]), ("--stay", ["--stay"]),
+        ("Admin", ["Admin"]), ("a#b # c", ["a#b"]), ("-s  # stay", ["-s"]),
         ("--port 8598", ["--port=8598"]), ("--port=8598", ["--port=8598"]),
-        ("-p 8598  # comment", ["-p8598"]), ("-p8598", ["-p8598"]), ("-d # comment", ["-d"]),
+        (" -p  8598\t# a port", ["-p8598"]), ("-p8598", ["-p8598"]),
+        ("-P 'a \"b' # c", ["-Pa \"b"]), ("-P 'a b\"", ["-P'a b\""]),
         ("--password 'my #1'", ["--password=my #1"]), ('--password="a" # b', ["--password=a"]),
         ("--password se#cret", ["--password=se#cret"]), ("-Pse=cret", ["-Pse=cret"]),
         ("--password se=cret", ["--password=se=cret"]), ("-P =x", ["-P=x"]),
@@ -2137,6 +2388,26 @@ class ArgumentTest(OwnDaemonTestCase):
     def test_bad_arguments(self) -> None:
         for argument in self.BAD_ARGUMENTS:
             self.assert_bad_argument(argument)
+        self.assert_bad_argument("--nonsense", "unrecognized arguments: --nonsense, see --help$")
+        self.assert_bad_argument("@/no/file", "cannot read /no/file: No such file or directory$")
+
+    def test_least_and_greatest_numbers(self) -> None:
+        for option, least, most in self.LIMITS:
+            for number in (least, most):
+                options = uvscpd.parse_arguments([f"--{option}={number}"])
+                self.assertEqual(vars(options)[option.replace("-", "_")], number)
+            for number in (least - 1, most + 1):
+                self.assert_bad_argument(f"--{option}={number}", f"--{option}: '{number}' is not "
+                                         f"a number from {least} to {most}$")
+
+    def test_no_arguments(self) -> None:
+        options = uvscpd.parse_arguments([])
+        self.assertEqual(
+            (options.canbus, options.guid, options.buffer, options.ip, options.port,
+             options.max_clients, options.guest, options.allow, options.pidfile),
+            ("can0", bytes(16), 1000, None, 8598, 50, 15, [], ""))
+        self.assertFalse(options.ns_timestamps or options.answer_probes or options.stay
+                         or options.debug or options.users or options.lone_user)
 
     def test_status_and_output_of_the_process(self) -> None:
         for option, status, stdout, stderr in (
@@ -2254,6 +2525,21 @@ class ProcessTest(OwnDaemonTestCase):
                         with self.assertRaises(ConnectionRefusedError):
                             daemon.connect(host)
 
+    def test_IPv6_that_is_not_there(self) -> None:
+        real = socket.socket
+        for code in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EMFILE):
+            def without_ipv6(family: int, kind: int, reason: int = code) -> socket.socket:
+                if family == socket.AF_INET6:
+                    raise OSError(reason, "")
+                return real(family, kind)
+
+            with self.subTest(errno.errorcode[code]), mock.patch("socket.socket", without_ipv6):
+                if code == errno.EMFILE:
+                    self.assertRaises(OSError, uvscpd.listen, None, 0)
+                else:
+                    with uvscpd.listen(None, 0) as listener:
+                        self.assertEqual(listener.family, socket.AF_INET)
+
     def test_missing_interface_and_JOURNAL_STREAM(self) -> None:
         try:
             socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW).close()
@@ -2277,6 +2563,33 @@ class ProcessTest(OwnDaemonTestCase):
         log = self.start(JOURNAL_STREAM="8:1").stop()
         self.assertRegex(log, r"(?m)^uvscpd\.py .* listening on ")
         self.assertNotIn("<", log)
+
+    def test_debug_shows_commands_and_events(self) -> None:
+        daemon = self.start("-d", "-U", "hass", "-P", "x")
+        a, b = self.connect(daemon), self.connect(daemon)
+        name, port = "{}:{}".format(*a.sock.getsockname()), b.sock.getsockname()[1]
+        a.send("user hass", "pass x", "send 96,20,4,0,,0,-,0,1", "chid")
+        a.expect("+OK", "+OK", "+OK", "0", "+OK")
+        for vscp_class in (10, 20, 0):
+            b.ask(f"send 0,{vscp_class},6,0,,0,::5")
+        a.await_events(3)
+        a.send("quit")
+        a.expect("+OK - bye", "(closed)")
+        a.__exit__()
+        daemon.await_log("disconnected")
+        log = daemon.stop()
+        for text in (f"{name} > user hass", f"{name} < +OK", f"{name} (hass) > pass ***",
+                     f"{name} (hass) > chid", f"{name} (hass) < 0",
+                     "hass      * 0C140400  INFORMATION OFF (20.4)         host p3     00 01"
+                     "        index 0, zone 1",
+                     f":{port:<8} * 00140605  INFORMATION TERMINATING (20.6) node 5 p0"):
+            self.assertRegex(log, rf"(?m)^\d\d:\d\d:\d\d\.\d{{6}} {re.escape(text)}$")
+        self.assertRegex(log, r"(?m)^.{15} " + re.escape(BUS) + r": 4 frames in \d+ s, \d+\.\d per "
+                         r"second, at most [1-4]; 0 error frames\n        2 INFORMATION \(20\)\n"
+                         r"(        1 (MEASUREMENT|PROTOCOL) \((0|10)\)\n){2}")
+        self.assertRegex(log, rf"{re.escape(name)} \(hass\): disconnected after \d s: 3 events, "
+                         "0 lost, 1 sent\n")
+        self.assertRegex(log, "(?m) stopped after [0-9]+ s: 4 frames, 0 lost$")
 
     def test_debug_does_not_show_a_password(self) -> None:
         daemon = self.start("-d", "-U", "Admin", "-P", "secRet")
@@ -3488,15 +3801,39 @@ class LogTest(OwnDaemonTestCase):
         self.assertAlmostEqual(told + len(re.findall(": (dis)?connected", log)), 2 * calls,
                                delta=1)         # the last one may still be on its way out
 
-    @needs_guest
+    def test_messages_that_cannot_be_written(self) -> None:
+        log = uvscpd.Log()
+        with mock.patch("select.select", return_value=([], [2], [])), \
+                mock.patch("os.write", side_effect=OSError) as write:
+            for _ in range(2):
+                log.info("two\nlines")
+            write.side_effect = lambda _, text: len(text)
+            for _ in range(4):
+                log.info("two\nlines")
+            self.assertEqual([call[0][1] for call in write.call_args_list][-9:], [
+                b"4 messages could not be logged\n", *[b"two\n", b"lines\n"] * 4])
+
     def test_nobody_reads_syslog(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.bind("/dev/log")
-            self.addCleanup(os.unlink, "/dev/log")
-            with self.detached() as (port, pid):
+        with tempfile.TemporaryDirectory() as directory, \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(os.path.join(directory, "log"))
+            sock.settimeout(TIMEOUT)
+            program = f"""if True:
+                import sys
+                sys.path.insert(0, {HERE!r})
+                import uvscpd
+                send = uvscpd.socket.socket.sendto
+                def redirected(sock, text, path):
+                    assert path == "/dev/log"
+                    return send(sock, text, {sock.getsockname()!r})
+                uvscpd.socket.socket.sendto = redirected
+                sys.exit(uvscpd.main())
+            """
+            with self.detached(program=("-c", program)) as (port, pid):
                 for _ in range(100):
                     self.call(port)
-            self.assertRegex(sock.recv(1000).decode(), rf"<30>.*uvscpd\[{pid}\]: ")
+            self.assertRegex(sock.recv(1000).decode(), rf"\A<30>[A-Z][a-z]{{2}} [ 123]\d \d\d:\d\d:"
+                             rf"\d\d uvscpd\[{pid}\]: uvscpd\.py .* listening on .* port {port}, ")
 
     def test_full_disk(self) -> None:
         with tempfile.TemporaryDirectory() as directory, reserved_port() as port, \
@@ -3758,7 +4095,7 @@ class TroubleTest(OwnDaemonTestCase):
             client.turn()
         for seconds, closed in ((4, False), (2, True)):     # with all sent, 5 s
             daemon.now += seconds
-            client.tick()
+            daemon.tick()
             self.assertEqual(client.closed, closed)
 
     def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
@@ -3788,6 +4125,17 @@ class TroubleTest(OwnDaemonTestCase):
         peer.send("vers", "quit")
         peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
 
+    def test_who_lingers_longest_goes_when_too_many_do(self) -> None:
+        daemon = self.inside("--max-clients", "200")
+        clients = [self.connected(daemon)[0] for _ in range(uvscpd.MOST_LEAVING + 2)]
+        clients[0].output += b"not yet sent"
+        for number, client in enumerate(clients):
+            self.assertEqual([each.closed for each in clients].index(True) if number > 100 else 0,
+                             number > 100)
+            client.leave()
+            daemon.now += 0.01
+        self.assertEqual([number for number, each in enumerate(clients) if each.closed], [1, 2])
+
     def test_many_QUIT_in_one_turn(self) -> None:
         daemon = self.start("--max-clients", "150")
         peers = [self.connect(daemon) for _ in range(150)]
@@ -3806,6 +4154,7 @@ class TroubleTest(OwnDaemonTestCase):
                 client.lines.extend(["send 96,20,3,0,,0,-"])
                 client.turn()
             self.assertEqual(list(daemon.waiting), clients)
+            self.assertEqual(watched(daemon), (True, True))
             self.assertEqual(send.call_count, 1)            # the others see that it has no room
             daemon.now += uvscpd.SEND_WAIT_S - 0.1
             send.side_effect = [None, full]

@@ -2299,9 +2299,10 @@ class Daemon:
         except BlockingIOError:
             return
         except OSError as error:
-            # Out of descriptors or memory; the next tick tries again.
-            log.warning(f"cannot accept a connection: {error.strerror}")
-            self.watch(self.listener, 0, self.on_connection)
+            # Out of descriptors or memory: the next tick tries again. Else its peer has gone.
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.warning(f"cannot accept a connection: {error.strerror}")
+                self.watch(self.listener, 0, self.on_connection)
             return
         host = plain_address(address[0])
         try:
@@ -2463,7 +2464,7 @@ class Parser(argparse.ArgumentParser):
         text = re.sub(r"(--[\w-]+)=\S*", r"\1", text)
         if text.startswith("unrecognized arguments"):
             names = [word for word in text.split() if word.startswith("-")]
-            text = " ".join(["unrecognized arguments", *names]) + ", see --help"
+            text = " ".join(["unrecognized arguments:", *names]) + ", see --help"
         log.error(f"{self.prog}: {' '.join(text.split())}")
         self.exit(2)
 
