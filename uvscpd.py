@@ -456,7 +456,8 @@ def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> li
     >>> format_events([frame], format_guid(bytes(15)), in_ns=True)
     ['352,20,3,0,,1795390139810025000,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
     """
-    lines = []
+    lines: list[str] = []
+    add = lines.append
     text_of, last_id, last_second, last_sender = BYTE_TEXT, -1, -1, None
     for can_id, data, seconds, nanoseconds, sender in frames:
         # On the way of every frame. By instructions, of 9,000: what the frame before had too
@@ -476,7 +477,7 @@ def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> li
             text = "".join([text_of[byte] for byte in data])
         timestamp = (seconds * 1000000000 + nanoseconds if in_ns
                      else date_us + nanoseconds // 1000 & 0xFFFFFFFF)
-        lines.append(f"{start}{timestamp}{end}{text}\r\n")
+        add(f"{start}{timestamp}{end}{text}\r\n")
     return lines
 
 
@@ -1165,7 +1166,8 @@ class Bus:
             return frames, empty
         # What the loop needs is looked up once: it is the way of every frame.
         recvmsg, unpack, unpack_time = self.sock.recvmsg, FRAME.unpack, self.unpack_time
-        size, extended, confirm = FRAME.size, EFF_FLAG >> 29, MSG_CONFIRM
+        size, extended, confirm, id_mask = FRAME.size, EFF_FLAG >> 29, MSG_CONFIRM, EFF_MASK
+        add = frames.append
         well = self.state is BUS_WELL
         for _ in range(limit):
             try:
@@ -1181,7 +1183,7 @@ class Bus:
             # kernel's time of it.
             if can_id >> 29 == extended and well and ancillary and not flags & confirm:
                 seconds, nanoseconds = unpack_time(ancillary[0][2])
-                frames.append((can_id & EFF_MASK, data[:length], seconds, nanoseconds, None))
+                add((can_id & id_mask, data[:length], seconds, nanoseconds, None))
             else:
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
                 well = self.state is BUS_WELL
@@ -2154,7 +2156,7 @@ class Daemon:
         self.frames += len(frames)
         if log.debugging:
             self.show(frames)
-        senders = {frame[4] for frame in frames} if self.bus.own_wanted else ()
+        senders = {frame[4] for frame in frames if frame[4]} if self.bus.own_wanted else ()
         for (guid, value, mask), clients in self.views.items():
             seen = frames
             if mask or value:
@@ -2166,7 +2168,7 @@ class Daemon:
             # A line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
             size = block.count(b",") - 2 * len(lines)
             for client in clients:
-                if client in senders:
+                if senders and client in senders:
                     others = [line for line, frame in zip(lines, seen) if frame[4] is not client]
                     block_of_others = "".join(others).encode("ascii")
                     size_of_others = block_of_others.count(b",") - 2 * len(others)
