@@ -1496,6 +1496,8 @@ nobody   nothing     0
         ("\xe9 b", "line 1: only printable ASCII characters without spaces"),
         ("a \0", "line 1: only printable ASCII characters without spaces"),
         ("a sha256:12", "line 1: sha256: needs 64 hexadecimal digits"),
+        ("a SHA256:12", "line 1: sha256: needs 64 hexadecimal digits"),
+        ("a b\xa04", "line 1: only printable ASCII characters without spaces"),
     )
 
     def test_bad_users_file(self) -> None:
@@ -1653,18 +1655,25 @@ class BusTest(unittest.TestCase):
                     if "=" in step:
                         self.assertIs(self.bus.claim(int(step[0]), b""), SENDERS.get(step[2:]))
                     else:
-                        self.bus.own.append((int(step[1]), b"", SENDERS[step[0]]))
+                        self.bus.own.append((int(step[1]), b"", SENDERS[step[0]], 0))
 
     def test_own_frames_id_and_data_count(self) -> None:
-        self.bus.own.append((1, b"a", SENDERS["A"]))
+        self.bus.own.append((1, b"a", SENDERS["A"], 0))
         for can_id, data in ((1, b"b"), (2, b"a")):
             self.assertIsNone(self.bus.claim(can_id, data))
         self.assertIs(self.bus.claim(1, b"a"), SENDERS["A"])
 
     def test_own_frames_far_older_are_forgotten(self) -> None:
-        self.bus.own.extend((number, b"", SENDERS["A"]) for number in range(100))
+        self.bus.own.extend((number, b"", SENDERS["A"], number) for number in range(100))
         self.assertIsNotNone(self.bus.claim(80, b""))
         self.assertEqual([each[0] for each in self.bus.own], [*range(16, 80), *range(81, 100)])
+
+    def test_own_frame_that_never_comes_back_is_forgotten_in_a_short_queue(self) -> None:
+        for number in range(100):
+            self.send(number)
+            if number:
+                self.assertIsNotNone(self.bus.claim(number, b""))
+        self.assertFalse(self.bus.own)
 
     ERROR_FRAMES = (    # class, data[1]; what INFO says then, STAT's first three counts
         (0x004, 0x01, '0,0,0,"OK"', "0,0,1"), (0x004, 0x02, '0,0,0,"OK"', "0,0,1"),
@@ -1710,7 +1719,7 @@ class BusTest(unittest.TestCase):
 
     def test_own_frames_are_bounded(self) -> None:
         for number in range(3000):
-            self.bus.own.append((number, b"", SENDERS["A"]))
+            self.bus.own.append((number, b"", SENDERS["A"], number))
         self.assertLessEqual(len(self.bus.own), 1000)
 
 
@@ -1765,6 +1774,17 @@ class ClientTest(DaemonTestCase):
         for _ in range(10):
             Peer(self.daemon.port).__exit__()
         self.assertEqual(self.connect().ask("noop"), ["+OK"])
+
+    def test_line_cut_off_by_a_reset_does_not_run(self) -> None:
+        a, b = self.connect(), self.connect()
+        a.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        a.sock.sendall(b"send 96,20,1,0,,0,-\nsend 96,20,2,0,,0,-,1,1")
+        b.await_events(1)
+        a.__exit__()
+        c = self.connect()
+        self.assertEqual(c.ask("send 96,20,3,0,,0,-"), ["+OK"])
+        b.send("retr 9")
+        b.expect("96,20,1,0,*,#,::0", "96,20,3,0,*,#,::0", "-OK - No event(s) available")
 
     def test_connection_reset(self) -> None:
         a, b = self.connect(), self.connect()
@@ -2371,6 +2391,7 @@ class ArgumentTest(OwnDaemonTestCase):
         ("-P '@x'", ["-P@x"]), ("--password @x", ["--password=@x"]),
         ("--pidfile ''", ["--pidfile="]), ('-P"a"', ["-Pa"]),
         ("'quoted' # comment", ["quoted"]), ("--a 'b", ["--a='b"]),
+        ("--password=#x", ["--password=#x"]), ("--password=x # y", ["--password=x"]),
     )
 
     def test_lines_of_a_file_of_arguments(self) -> None:
@@ -2595,7 +2616,8 @@ class ProcessTest(OwnDaemonTestCase):
         daemon = self.start("-d", "-U", "Admin", "-P", "secRet")
         with daemon.connect() as peer:
             for command in ("user Admin", "pass secRet", "+", "  PASS  secRet", "pass 1 secRet",
-                            "\0pa\rss\x7f secRet", "pass secRetwrong", "passsecRet", "chid"):
+                            "\0pa\rss\x7f secRet", "pass secRetwrong", "passsecRet", "user x secRet",
+                            "+ secRet", "help pass secRet", "chid"):
                 peer.ask(command)
         log = daemon.stop()
         self.assertIn("chid", log)

@@ -202,12 +202,12 @@ class Log:
         return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
     def write(self, priority: int, text: str, time_us: int = 0) -> None:
-        if self.debugging:
-            text = f"{clock_text(time_us or time.time_ns() // 1000)} {text}"
+        clock = f"{clock_text(time_us or time.time_ns() // 1000)} " if self.debugging else ""
         for line in text.splitlines():
-            if self.lost and self.put(LOG_WARNING, f"{self.lost} messages could not be logged"):
+            lost = f"{clock}{counted(self.lost, 'message')} could not be logged"
+            if self.lost and self.put(LOG_WARNING, lost):
                 self.lost = 0
-            if self.lost or not self.put(priority, line):
+            if self.lost or not self.put(priority, clock + line):
                 self.lost += 1
 
     def put(self, priority: int, line: str) -> bool:
@@ -926,9 +926,10 @@ class Bus:
         self.out: socket.socket | None = None       # to send to, the same thing twice on CAN
         self.filters: list[tuple[int, int]] = []    # value and mask, as in View
         self.shared = False                 # somebody wants to get what another one sent
-        # Own frames come back, confirmed, in the order in which they were sent: CAN id, data
-        # and sender of those that have not. Empty as long as nobody wants them back.
-        self.own: deque[tuple[int, bytes, Client | Daemon]] = deque(maxlen=MOST_UNDER_WAY)
+        # Own frames come back, confirmed, in the order in which they were sent: CAN id, data,
+        # sender and number of those that have not. Empty as long as nobody wants them back.
+        self.own: deque[tuple[int, bytes, Client | Daemon, int]] = deque(maxlen=MOST_UNDER_WAY)
+        self.sent = 0                       # the number of the next one
         self.own_wanted = False             # as the kernel was last told
         self.state = self.told = self.worst = BUS_WELL      # now, as logged, the worst since
         self.checked = BUS_WELL             # at the last check
@@ -1151,7 +1152,8 @@ class Bus:
             self.set_away(error.errno)
             raise VscpError(trouble(self.state)) from None
         if self.virtual or self.own_wanted and self.passes(can_id):
-            self.own.append((can_id, data, sender))
+            self.own.append((can_id, data, sender, self.sent))
+            self.sent += 1
 
     def read(self, limit: int) -> tuple[list[Frame], bool]:
         """What has come, oldest first, and whether that was all.
@@ -1242,9 +1244,9 @@ class Bus:
                  if own[1] == data and own[0] == can_id]
         if not equal:
             return None
-        sender = self.own[equal[-1]][2]
+        sender, oldest = self.own[equal[-1]][2], self.own[equal[0]][3]
         del self.own[equal[-1]]
-        for _ in range(equal[0] - MOST_OVERTAKEN):
+        while self.own and self.own[0][3] < oldest - MOST_OVERTAKEN:
             self.own.popleft()
         return sender
 
@@ -1299,8 +1301,8 @@ class LineSplitter:
 
 
 def hide_password(line: str) -> str:
-    """The line as it may be shown."""
-    return re.sub(r"(?i)^(\s*pass).+", r"\1 ***", line)
+    """The line as it may be shown: nothing behind PASS, nor where it is typed by mistake."""
+    return re.sub(r"(?i)^(\s*(?:pass|help\s+pass|user\s+\S+\s|\+)).+", r"\1 ***", line)
 
 
 class Client:
@@ -1397,10 +1399,11 @@ class Client:
             self.sign_at = now + SIGN_OF_LIFE_S
             if not self.output:
                 self.write(ok())
-        if self.log_in_by <= now and self.resume_at <= now:
+        self.turn()                 # epoll reports room only when a third of the buffer is free
+        if self.log_in_by <= now and self.resume_at <= now and not self.closed:
             self.write(refusal(f"nobody logged in within {LOG_IN_S:.0f} s"))
             self.leave()
-        self.turn()                 # epoll reports room only when a third of the buffer is free
+            self.turn()
         if self.leave_by <= now:
             self.daemon.drop(self, "")
         if self.look_at <= now and not self.closed:
@@ -1423,8 +1426,8 @@ class Client:
             data = self.sock.recv(READ_SIZE)
         except BlockingIOError:
             return
-        except OSError:
-            data = b""              # it was reset, which is an end, too
+        except OSError:             # it was reset, perhaps in the middle of a line
+            data = self.splitter.rest = b""
         self.ended = not data
         if self.leave_by == NEVER:
             # At the end of the input a last line counts without a line end.
@@ -1483,6 +1486,8 @@ class Client:
 
     def log_in(self, user: User | None) -> None:
         """From now on it is this user, or again nobody."""
+        if log.debugging:           # what it has sent until now is shown by the name until now
+            self.daemon.drain()
         if user or self.user:       # a name without a password changes nothing
             self.log_in_by = NEVER if user or self.daemon.options.guest else (
                 self.daemon.now + LOG_IN_S)
@@ -2189,12 +2194,14 @@ class Daemon:
 
     def summary(self) -> list[str]:
         """What was on the bus, for -d when the daemon ends."""
-        elapsed_s = max(1.0, self.now - self.began)
+        elapsed_s = self.now - self.began
+        mean = self.frames / max(1.0, elapsed_s)
         classes = sorted(self.by_class.items(), key=lambda item: -item[1])
         return [f"{self.bus.name}: {counted(self.frames, 'frame')} in {duration_text(elapsed_s)}, "
-                f"{self.frames / elapsed_s:.1f} per second, at most {self.most_in_second}; "
+                f"{mean:.1f} per second, at most {self.most_in_second}; "
                 f"{counted(self.bus.errors, 'error frame')}",
-                *(f"{count:9} {look_up(number, 0)[0]} ({number})" for number, count in classes)]
+                *(f"{count:9} " + f"{look_up(number, 0)[0]} ({number})".lstrip()
+                  for number, count in classes)]
 
     def short_name(self) -> str:
         """What -d shows as the source of our own events."""
@@ -2484,7 +2491,7 @@ class Parser(argparse.ArgumentParser):
         if not option.startswith("--"):
             equals, rest = "", equals + rest        # -P=x: the value is =x
         quoted = re.fullmatch(r"""(["'])(.*?)\1(?:\s+#.*)?""", rest)
-        value = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", rest)
+        value = quoted[2] if quoted else re.sub(r"\s+#.*" if equals else r"(^|\s+)#.*", "", rest)
         if option.startswith("--") and (value or quoted or equals):
             return [f"{option}={value}"]    # in one piece, or @... would be taken for a file
         return [option + value] if option or value else []
@@ -2614,7 +2621,7 @@ def password_digest(name: str, password: str) -> bytes:
     'e554505b'
     """
     from hashlib import sha256  # as late as this: few need it, and it takes long
-    if password.startswith("sha256:"):
+    if password[:7].lower() == "sha256:":
         if not re.fullmatch("[0-9a-fA-F]{64}", password[7:]):
             raise VscpError("sha256: needs 64 hexadecimal digits")
         return bytes.fromhex(password[7:])
@@ -2646,7 +2653,7 @@ def read_users(path: str) -> tuple[dict[str, User], bool]:
     except (OSError, ValueError) as error:
         raise VscpError(getattr(error, "strerror", error)) from None
     for number, line in enumerate(lines, 1):
-        words = re.split(r"(?:^|\s)#", line)[0].split()
+        words = re.findall(r"[^ \t\r]+", re.split(r"(?:^|[ \t])#", line)[0])
         try:
             if len(words) == 1:
                 raise VscpError("a user needs a name and a password")
@@ -2863,7 +2870,10 @@ def lock_pidfile(name: str) -> int:
     except BlockingIOError:
         pid = os.read(descriptor, 20).decode("ascii", "replace").strip()
         raise FileExistsError(errno.EEXIST, f"process {pid} is alive and has it") from None
-    return descriptor
+    if os.path.exists(name) and os.path.samestat(os.fstat(descriptor), os.stat(name)):
+        return descriptor
+    os.close(descriptor)            # the daemon that had it has just removed it
+    return lock_pidfile(name)
 
 
 def write_pidfile(descriptor: int) -> None:
