@@ -1904,16 +1904,23 @@ class TurnTest(OwnDaemonTestCase):
             daemon.drain()
             client.fifo.clear()
 
-    def test_end_without_clients_comes_at_once(self) -> None:
-        daemon = self.inside()
-        daemon.tick()
-        daemon.stop()
-        self.assertGreater(daemon.stop_by, daemon.now)
-        daemon.wake_up_end.send(b"\0")
-        daemon.on_signal(0)
-        self.assertEqual(daemon.tick_at, daemon.now)
-        daemon.tick()
-        self.assertEqual(daemon.stop_by, daemon.now)
+    def test_end_comes_at_once_when_all_have_gone(self) -> None:
+        for with_client in (False, True):
+            daemon = self.inside()
+            client = self.connected(daemon)[0] if with_client else None
+            daemon.tick()
+            self.assertAlmostEqual(daemon.tick_at - daemon.now, 0.5)
+            daemon.stop()
+            daemon.wake_up_end.send(b"\0")
+            daemon.on_signal(0)
+            self.assertEqual(daemon.tick_at, daemon.now)
+            if client:
+                daemon.tick()
+                self.assertGreater(min(daemon.stop_by, daemon.tick_at), daemon.now)
+                daemon.drop(client, "")
+                self.assertEqual(daemon.tick_at, daemon.now)
+            daemon.tick()
+            self.assertEqual(daemon.stop_by, daemon.now)
 
     def test_addresses_of_wrong_logins_are_bounded(self) -> None:
         daemon = self.inside()
@@ -1956,7 +1963,7 @@ class TurnTest(OwnDaemonTestCase):
                     mock.patch.object(uvscpd.log, "put", return_value=True) as log:
                 daemon.on_connection(0)
                 self.assertEqual(logged(log), ["cannot accept a connection: no"] * seconds)
-                for since in (0, 0.9, 0.2):
+                for since in (0, 0.9, 0.2, 1):
                     daemon.now += since
                     daemon.tick()
                 self.assertEqual([call[0][1] for call in watch.call_args_list],
