@@ -203,11 +203,11 @@ class Log:
 
     def write(self, priority: int, text: str, time_us: int = 0) -> None:
         clock = f"{clock_text(time_us or time.time_ns() // 1000)} " if self.debugging else ""
-        for line in text.splitlines():
+        for line in (clock + text).splitlines():
             lost = f"{clock}{counted(self.lost, 'message')} could not be logged"
             if self.lost and self.put(LOG_WARNING, lost):
                 self.lost = 0
-            if self.lost or not self.put(priority, clock + line):
+            if self.lost or not self.put(priority, line):
                 self.lost += 1
 
     def put(self, priority: int, line: str) -> bool:
