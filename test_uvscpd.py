@@ -1680,11 +1680,12 @@ class BusTest(unittest.TestCase):
         (0x004, 0x04, '1,4,4,"error warning"', "0,1,1"),
         (0x004, 0x08, '1,4,8,"error warning"', "0,1,1"),
         (0x004, 0x10, '2,4,16,"error passive"', "0,2,1"),
-        (0x004, 0x2C, '2,4,44,"error passive"', "0,2,1"), (0x004, 0x40, '0,0,0,"OK"', "0,2,1"),
-        (0x020, 0, '1,32,0,"nobody acknowledges"', "0,3,1"),
-        (0x001, 0, '1,1,0,"transmit timeout"', "0,4,1"), (0x100, 0, '0,0,0,"OK"', "0,4,1"),
-        (0x044, 0x21, '3,68,33,"bus off"', "1,4,2"), (0x100, 0, '0,0,0,"OK"', "1,4,2"),
-        (0x008, 0x7F, '0,0,0,"OK"', "1,4,2"))
+        (0x004, 0x2C, '2,4,44,"error passive"', "0,2,1"),
+        (0x004, 0x01, '2,4,44,"error passive"', "0,2,2"), (0x004, 0x40, '0,0,0,"OK"', "0,2,2"),
+        (0x020, 0, '1,32,0,"nobody acknowledges"', "0,3,2"),
+        (0x001, 0, '1,1,0,"transmit timeout"', "0,4,2"), (0x100, 0, '0,0,0,"OK"', "0,4,2"),
+        (0x044, 0x21, '3,68,33,"bus off"', "1,4,3"), (0x100, 0, '0,0,0,"OK"', "1,4,3"),
+        (0x008, 0x7F, '0,0,0,"OK"', "1,4,3"))
 
     def test_error_frames(self) -> None:
         for error_class, controller, info, counts in self.ERROR_FRAMES:
@@ -2522,6 +2523,19 @@ class ProcessTest(OwnDaemonTestCase):
                     result = run(PROGRAM, "-c", BUS, "-i", "127.0.0.1", *arguments, *foreground)
                     self.assertEqual((result.returncode, result.stdout), (1, ""))
                     self.assertRegex(result.stderr, rf"\A.*{word}.*\n\Z")
+
+    def test_errors_that_end_it(self) -> None:
+        for error, status, text in (
+                (uvscpd.VscpError("no"), 2, r"uvscpd\.py: no"),
+                (OSError(errno.EIO, "no", "/x"), 1, r"uvscpd\.py: /x: no\n.* Traceback .*"),
+                (OSError("no"), 1, r"uvscpd\.py: no\n.* Traceback .*"),
+                (KeyError("no"), 1, r"a bug in uvscpd\.py, it ends:\nTraceback .*KeyError: 'no'")):
+            with self.subTest(repr(error)), mock.patch("signal.signal"), \
+                    mock.patch("uvscpd.serve", side_effect=error), \
+                    mock.patch.object(uvscpd.log, "debugging", False), \
+                    mock.patch.object(uvscpd.log, "put", return_value=True) as log:
+                self.assertEqual(uvscpd.main(["-d"]), status)
+                self.assertRegex("\n".join(logged(log)), rf"(?s)\A[0-9:.]+ {text}\Z")
 
     def test_detached(self) -> None:
         self.detach()
