@@ -846,6 +846,11 @@ def error_meaning(can_id: int, data: bytes) -> str:
     return (text or "unknown") + (f" ({', '.join(states)})" if states else "")
 
 
+def hex_text(data: bytes) -> str:
+    """The bytes as `candump` shows them."""
+    return " ".join(f"{byte:02X}" for byte in data)
+
+
 def event_row(source: str, can_id: int, data: bytes) -> str:
     """The line that shows an event: where it came from, CAN id, names, sender, data, meaning.
 
@@ -858,8 +863,7 @@ def event_row(source: str, can_id: int, data: bytes) -> str:
     name = event_name(can_id >> 16 & 0x1FF, can_id >> 8 & 0xFF)
     node = f"node {can_id & 0xFF}" if can_id & 0xFF else "host"
     who = f"{node} p{can_id >> 26}" + " hard" * (can_id >> 25 & 1)
-    data_text = " ".join(f"{byte:02X}" for byte in data)
-    return (f"{source:<9} * {can_id:08X}  {name:<30} {who:<11} {data_text:<12} "
+    return (f"{source:<9} * {can_id:08X}  {name:<30} {who:<11} {hex_text(data):<12} "
             f"{event_meaning(can_id, data)}").rstrip()
 
 
@@ -1229,7 +1233,7 @@ class Bus:
             return f"{self.name:<9} ! error frame: {error_meaning(can_id & EFF_MASK, data)}"
         kind = "remote" if can_id & RTR_FLAG else "standard"
         number = f"{can_id & EFF_MASK:08X}" if can_id & EFF_FLAG else f"{can_id & 0x7FF:03X}"
-        text = " ".join(f"{byte:02X}" for byte in data) if kind == "standard" else ""
+        text = hex_text(data) if kind == "standard" else ""
         return f"{self.name:<9} - {number:<8}  {kind} frame, not VSCP {text}".rstrip()
 
     def claim(self, can_id: int, data: bytes) -> Client | Daemon | None:
@@ -2322,7 +2326,7 @@ class Daemon:
             log.debug(f"{host}: {error.strerror}")
             sock.close()
             return
-        if self.options.allow and not any(matches(host) for matches in self.options.allow):
+        if not allowed(host, self.options.allow):
             self.refuse(client, "Invalid or unknown peer.")
         elif len(self.clients) >= self.options.max_clients:
             self.refuse(client, "Max number of clients connected.")
@@ -2620,24 +2624,30 @@ def password_digest(name: str, password: str) -> bytes:
     >>> password_digest("panel", "secret").hex()[:8]
     'e554505b'
     """
-    from hashlib import sha256  # as late as this: few need it, and it takes long
     if password[:7].lower() == "sha256:":
         if not re.fullmatch("[0-9a-fA-F]{64}", password[7:]):
             raise VscpError("sha256: needs 64 hexadecimal digits")
         return bytes.fromhex(password[7:])
+    return login_digest(name, password)
+
+
+def login_digest(name: str, password: str) -> bytes:
+    """The SHA-256 of NAME:PASSWORD as a client gives them, whatever the password looks like."""
+    from hashlib import sha256  # as late as this: few need it, and it takes long
     return sha256(f"{name}:{password}".encode("ascii")).digest()
+
+
+def allowed(host: str, patterns: list[Callable[[str], bool]]) -> bool:
+    """Whether an address is like one of the patterns; none of them: any address is."""
+    return not patterns or any(matches(host) for matches in patterns)
 
 
 def find_user(users: dict[str, User], name: str, password: str, host: str) -> User | None:
     """The user, if name, password and address are right; a wrong name takes as long."""
-    from hashlib import sha256
     from hmac import compare_digest
     user = users.get(name)
-    digest = sha256(f"{name}:{password}".encode("ascii")).digest()
-    right = compare_digest(digest, user.digest if user else bytes(32))
-    if user and right and (not user.hosts or any(matches(host) for matches in user.hosts)):
-        return user
-    return None
+    right = compare_digest(login_digest(name, password), user.digest if user else bytes(32))
+    return user if user and right and allowed(host, user.hosts) else None
 
 
 def read_users(path: str) -> tuple[dict[str, User], bool]:
