@@ -1020,11 +1020,18 @@ SENDERS = {name: mock.Mock(channel_id=0) for name in "ABC"}     # clients withou
 
 
 class BusTest(unittest.TestCase):
-    HISTORIES = (       # A1: A sends frame 1; 1=A: it is A's when it comes back
+    HISTORIES = (       # A1x: A sends frame 1 with data x; 1x=A: it is A's when it comes back
         "1=None",
         "A1 B2 1=A 2=B 2=None",
         "A1 B1 A1 C1 1=C 1=A 1=B 1=A 1=None",           # identical frames
         "A1 B2 C3 2=B 3=C B1 1=B 1=A 1=None",           # A's was lost, or comes late
+        "A1x 1y=None 2x=None 1x=A",
+        # What is far older than one that came back is forgotten, also when few are under way.
+        " ".join([*(f"A{number}" for number in range(100)), "80=A",
+                  *(f"{number}={None if number < 16 or number == 80 else 'A'}"
+                    for number in range(100))]),
+        " ".join(["A0", *(f"A{number} {number}=A" for number in range(1, 100)), "0=None"]),
+        " ".join([*(f"A{number}" for number in range(3000)), "1999=None 2000=A"]),     # bounded
     )
 
     def setUp(self) -> None:
@@ -1064,38 +1071,14 @@ class BusTest(unittest.TestCase):
 
     def test_own_frames(self) -> None:
         for history in self.HISTORIES:
-            for step in history.split():
-                with self.subTest(history, step=step):
-                    if "=" in step:
-                        self.assertIs(self.come_back(int(step[0])), SENDERS.get(step[2:]))
+            self.setUp()                                # a bus on which nothing is under way
+            for who, number, data, sender in re.findall(r"([A-C]?)(\d+)(\w?)(?:=(\w+))?", history):
+                can_id, step = int(number), f"{who}{number}{data}"
+                with self.subTest(history[:50], step=step):
+                    if sender:
+                        self.assertIs(self.come_back(can_id, data.encode()), SENDERS.get(sender))
                     else:
-                        self.send(int(step[1]), sender=step[0])
-
-    def test_own_frames_id_and_data_count(self) -> None:
-        self.send(1, b"a")
-        for can_id, data in ((1, b"b"), (2, b"a")):
-            self.assertIsNone(self.come_back(can_id, data))
-        self.assertIs(self.come_back(1, b"a"), SENDERS["A"])
-
-    def test_own_frames_far_older_are_forgotten(self) -> None:
-        for number in range(100):
-            self.send(number)
-        self.assertIsNotNone(self.come_back(80))
-        self.assertEqual([number for number in range(100) if self.come_back(number)],
-                         [*range(16, 80), *range(81, 100)])
-
-    def test_own_frame_that_never_comes_back_is_forgotten_in_a_short_queue(self) -> None:
-        for number in range(100):
-            self.send(number)
-            if number:
-                self.assertIsNotNone(self.come_back(number))
-        self.assertIsNone(self.come_back(0))
-
-    def test_own_frames_are_bounded(self) -> None:
-        for number in range(3000):
-            self.send(number)
-        self.assertIsNone(self.come_back(1999))
-        self.assertIsNotNone(self.come_back(2000))
+                        self.send(can_id, data.encode(), who)
 
     ERROR_FRAMES = (    # class, data[1]; what INFO says then, STAT's first three counts
         (0x004, 0x01, '0,0,0,"OK"', "0,0,1"), (0x004, 0x02, '0,0,0,"OK"', "0,0,1"),
@@ -1204,7 +1187,6 @@ class LineTest(DaemonTestCase):
         > foo               | -OK - invalid command
         > noop
     """ * 50
-
 
 
 class ClientTest(DaemonTestCase):
