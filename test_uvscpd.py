@@ -735,7 +735,7 @@ def parse_frame(text: str) -> tuple[int, bytes]:
     return int(can_id, 16), bytes.fromhex(data)
 
 
-class EventTest(unittest.TestCase):
+class EventTest(DaemonTestCase):
     def test_event_to_frame(self) -> None:
         for sent, frame, _ in EVENTS:
             with self.subTest(sent):
@@ -766,8 +766,6 @@ class EventTest(unittest.TestCase):
         self.assertEqual(uvscpd.pack_frame(0x0C140305, b"\0\1\x23"),
                          struct.pack("=IB3x8s", 0x8C140305, 3, b"\0\1\x23"))
 
-
-class FrameTest(DaemonTestCase):
     def test_SEND_every_event(self) -> None:
         self.play("".join(f"A> send {sent}\n" for sent, _, _ in EVENTS)
                   + f"B= {len(EVENTS)}\nB> retr {len(EVENTS)}"
@@ -943,7 +941,7 @@ MEANINGS = """
     001E3500 CONTROL DECREMENT | :
 """
 
-ERROR_FRAMES = (                        # CAN id # data; what it says
+ERROR_MEANINGS = (                        # CAN id # data; what it says
     ("040#", "bus off"), ("020#0000", "nobody acknowledges"),
     ("004#0020", "controller (transmit passive)"),
     ("204#000C", "controller (receive warning, transmit warning)"),
@@ -999,7 +997,7 @@ class MeaningTest(unittest.TestCase):
                 self.assertEqual(uvscpd.event_row(source, *parse_frame(frame)), row)
 
     def test_error_frames(self) -> None:
-        for frame, text in ERROR_FRAMES:
+        for frame, text in ERROR_MEANINGS:
             with self.subTest(frame):
                 self.assertEqual(uvscpd.error_meaning(*parse_frame(frame)), text)
 
@@ -1169,7 +1167,7 @@ class LineSplitterTest(unittest.TestCase):
         self.assertEqual(self.feed(splitter, b"\nnoop\n"), [self.TOO_LONG, "noop"])
 
 
-class LineTest(DaemonTestCase):
+class ClientTest(DaemonTestCase):
     TRANSCRIPTS = f"""
     test_empty_line
         >                   | -OK - no input
@@ -1188,8 +1186,6 @@ class LineTest(DaemonTestCase):
         > noop
     """ * 50
 
-
-class ClientTest(DaemonTestCase):
     def test_what_the_Cpp_client_sends_first(self) -> None:
         with Peer(self.daemon.port) as peer:            # it does not wait for the greeting
             peer.send("user ", "pass ", "vers ")
