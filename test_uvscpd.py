@@ -1487,7 +1487,7 @@ class LoginTest(DaemonTestCase):
         > pass $            | -OK - please supply password
         > pass secRet       | -OK - please give the user name first
     test_USER_alone
-        > user Admin ; chid | {NOT_ALLOWED}
+        > noop ; user Admin ; chid | {NOT_ALLOWED}
     test_USER_PASS_wrong
         > user Admin ; pass secret | {WRONG}
         > chid              | {NOT_ALLOWED}
