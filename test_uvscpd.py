@@ -502,11 +502,12 @@ class NarrowPeer(Peer):
 
 
 class SimulatedNode:
-    """A VSCP node that is a client of the daemon and can be found.
+    """A VSCP node that is a client of the daemon; each of its registers is 42.
 
-    It answers type 31, "Who is there?" (VSCP specification, Level I protocol,
-    class 0), with seven frames of type 32: an index, and what is next of 16 bytes
-    of GUID (the highest first), 32 of the URL of its description (MDF) and a zero.
+    It answers as the VSCP specification has it (Level I protocol, class 0): type
+    31, "Who is there?", with seven frames of type 32: an index, and what is next of
+    16 bytes of GUID (the highest first), 32 of the URL of its description (MDF) and
+    a zero; type 9, Read register, with type 10: register, contents.
     """
 
     def __init__(self, port: int, nickname: int) -> None:
@@ -532,15 +533,16 @@ class SimulatedNode:
                     self.on_event(int(fields[2]), bytes(map(int, fields[7:])))
 
     def on_event(self, vscp_type: int, data: bytes) -> None:
-        """Class 0 is for nodes; the first data byte tells for which, 255 is all."""
+        """The first data byte of a question tells for which node it is, 255 is all."""
         if vscp_type == 31 and data in (b"", b"\xFF", bytes([self.nickname])):
             known = (self.guid + b"example.org/node.xml").ljust(49, b"\0")
             for index in range(7):
                 self.send(32, bytes([index]) + known[7 * index:7 * index + 7])
+        elif vscp_type == 9 and data[0] == self.nickname:
+            self.send(10, bytes([data[1], 42]))
 
-    def send(self, vscp_type: int, data: bytes) -> None:
-        """A hard-coded node's event of class 0."""
-        self.peer.send(f"send 0x70,0,{vscp_type},0,,0,{uvscpd.format_guid(self.guid)},"
+    def send(self, vscp_type: int, data: bytes, vscp_class: int = 0) -> None:
+        self.peer.send(f"send 0x60,{vscp_class},{vscp_type},0,,0,{uvscpd.format_guid(self.guid)},"
                        + ",".join(map(str, data)))
 
 
@@ -2502,19 +2504,6 @@ class PortabilityTest(unittest.TestCase):
             a.expect("+OK", "96,20,3,0,*,#,...")
 
 
-class BenchNode(SimulatedNode):
-    """As SimulatedNode, not hard-coded, and each of its registers on page 0 is 42."""
-
-    def on_event(self, vscp_type: int, data: bytes) -> None:
-        if vscp_type == 9 and data[0] == self.nickname:
-            self.send(10, bytes([data[1], 42]))
-        super().on_event(vscp_type, data)
-
-    def send(self, vscp_type: int, data: bytes, vscp_class: int = 0) -> None:
-        self.peer.send(f"send 0x60,{vscp_class},{vscp_type},0,,0,{uvscpd.format_guid(self.guid)},"
-                       + ",".join(map(str, data)))
-
-
 class ReadmeTest(OwnDaemonTestCase):
     """README.md is compared with the program, and its sessions are played.
 
@@ -2646,7 +2635,7 @@ class ReadmeTest(OwnDaemonTestCase):
 
     def test_bench(self) -> None:
         daemon = self.start("-d", ip="")
-        node = BenchNode(daemon.port, 5)
+        node = SimulatedNode(daemon.port, 5)
         *sessions, (_, *screen) = self.sessions("At the bench")
         self.play(daemon, sessions)
         node.send(6, bytes.fromhex("8A8100D7"), vscp_class=10)
