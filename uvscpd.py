@@ -83,7 +83,9 @@ EFF_FLAG = 0x80000000           # in the can_id: extended frame, 29-bit id
 RTR_FLAG = 0x40000000           # remote request
 ERR_FLAG = 0x20000000           # error frame, the id is a set of error classes
 EFF_MASK = 0x1FFFFFFF
+EXTENDED = EFF_FLAG >> 29       # these three flags of an extended data frame
 FRAME = struct.Struct("=IB3x8s")            # struct can_frame: can_id, length, data
+FRAME_SIZE, unpack_frame = FRAME.size, FRAME.unpack
 FILTER = struct.Struct("=II")               # struct can_filter: can_id, mask
 MAX_FILTERS = 512               # CAN_RAW_FILTER_MAX
 
@@ -1120,7 +1122,10 @@ class Bus:
 
     def passes(self, can_id: int) -> bool:
         """Whether the kernel's filter lets a frame through."""
-        return any(can_id & mask == value for value, mask in self.filters)
+        for value, mask in self.filters:
+            if can_id & mask == value:
+                return True
+        return False
 
     def want_own(self) -> None:
         """Have the kernel give back own frames, or not: for a lone client they cost too much.
@@ -1167,39 +1172,36 @@ class Bus:
         reports the error first.
         """
         frames: list[Frame] = []
-        empty = self.sock is None
         if self.sock is None:
-            return frames, empty
-        # What the loop needs is looked up once: it is the way of every frame.
-        recvmsg, unpack, unpack_time = self.sock.recvmsg, FRAME.unpack, self.unpack_time
-        size, extended, confirm, id_mask = FRAME.size, EFF_FLAG >> 29, MSG_CONFIRM, EFF_MASK
-        add = frames.append
-        well = self.state is BUS_WELL
+            return frames, True
+        recvmsg, unpack_time, well = self.sock.recvmsg, self.unpack_time, self.state is BUS_WELL
+        empty = False
         for _ in range(limit):
             try:
-                raw, ancillary, flags, _address = recvmsg(size, ANCILLARY_SIZE)
+                raw, ancillary, flags, _address = recvmsg(FRAME_SIZE, ANCILLARY_SIZE)
             except BlockingIOError:
                 empty = True
                 break
             except OSError:
                 self.went = True
                 continue
-            can_id, length, data = unpack(raw)
+            can_id, length, data = unpack_frame(raw)
             # The usual: an extended data frame of another node, on a bus that is well, with the
             # kernel's time of it.
-            if can_id >> 29 == extended and well and ancillary and not flags & confirm:
+            if can_id >> 29 == EXTENDED and well and ancillary and not flags & MSG_CONFIRM:
                 seconds, nanoseconds = unpack_time(ancillary[0][2])
-                add((can_id & id_mask, data[:length], seconds, nanoseconds, None))
+                frames.append((can_id & EFF_MASK, data[:length], seconds, nanoseconds, None))
             else:
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
                 well = self.state is BUS_WELL
-        if self.went and empty:
-            self.went = False
-            self.own.clear()
-            self.look_up()
-        elif self.went and limit < FRAMES_IN_KERNEL:
-            rest, empty = self.read(FRAMES_IN_KERNEL)
-            frames += rest
+        if self.went:
+            if empty:
+                self.went = False
+                self.own.clear()
+                self.look_up()
+            elif limit < FRAMES_IN_KERNEL:
+                rest, empty = self.read(FRAMES_IN_KERNEL)
+                frames += rest
         return frames, empty
 
     def on_unusual(self, can_id: int, data: bytes, ancillary: list[tuple[int, int, bytes]],
@@ -1211,7 +1213,7 @@ class Bus:
             seconds, nanoseconds = divmod(time.time_ns(), 1000000000)
         if can_id & ERR_FLAG:
             self.on_error_frame(can_id, data)
-        if can_id >> 29 != EFF_FLAG >> 29:
+        if can_id >> 29 != EXTENDED:
             if log.debugging:
                 log.debug(self.foreign_row(can_id, data), seconds * 1000000 + nanoseconds // 1000)
             return []
