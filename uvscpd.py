@@ -557,8 +557,6 @@ def pack_filters(wanted: Iterable[tuple[int, int]]) -> bytes:
     return b"".join(FILTER.pack(value | EFF_FLAG, mask | kind) for value, mask in sorted(pairs))
 
 
-
-
 # =============================================================================
 # 5. Names and values
 # =============================================================================
@@ -888,7 +886,6 @@ BUS_WELL = BusState(WELL, 0, 0, "OK", "")
 def trouble(state: BusState) -> str:
     """What is wrong with the bus and what helps, for a person."""
     return f"{state.text}, try: {state.advice}" if state.advice else str(state.text)
-
 
 
 # What error frames mean: error class, bits of data[1] of which one is set (0: any), status,
@@ -1325,9 +1322,8 @@ class Client:
         self.guid = client_guid(daemon.options.guid, channel_id)
         self.started = utc_text(int(time.time()))
         self.filter = self.mask = FILTER_ALL
-        self.interface_guid = self.guid         # that of the CAN interface, which event lines show
-        if len(daemon.options.guid) == 12:
-            self.interface_guid = daemon.options.guid + bytes(4)
+        # That of the CAN interface, which event lines show; it has channel id 0.
+        self.interface_guid = client_guid(daemon.options.guid, 0)
         self.view = make_view(self.filter, self.mask, self.interface_guid)
         # What it may do
         self.user: User | None = None           # logged in
@@ -1348,17 +1344,15 @@ class Client:
         self.interest = 0                       # what the selector watches
         self.ended = False                      # the peer sends no more
         self.deaf = False                       # the peer takes no more
-        self.welcome = False                    # let in, not refused
         self.closed = False
         # Its times
         self.stream_at = NEVER                  # events are sent as they come, from then on
         self.sign_at = NEVER                    # the next sign of life is due
         self.resume_at = 0.0                    # no line runs before; NEVER: it waits for the bus
         self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
-        self.gives_up = False                   # its SEND has waited for too long
         self.log_in_by = NEVER                  # sent away if it may do nothing until then
         self.complain_at = 0.0                  # no warning about lost events before
-        self.connected_at = daemon.now
+        self.connected_at = NEVER               # not if it is refused
         self.look_at = daemon.now + PEER_CHECK_S    # is the peer still there?
 
     # --- what the loop calls ---
@@ -1906,7 +1900,7 @@ def do_send(client: Client, text: str) -> str:
 @command("sgid setguid", 6, "GUID", "set the GUID of this client")
 def do_sgid(client: Client, text: str) -> str:
     client.guid = parse_guid(text)
-    if len(client.daemon.options.guid) == 16:       # without ids it is the interface's, too
+    if not client.channel_id:           # without ids it is the interface's, too
         client.interface_guid = client.guid
     client.set_view()
     return ok()
@@ -2246,9 +2240,6 @@ class Daemon:
 
     def send(self, client: Client, can_id: int, data: bytes) -> None:
         """Send a client's frame; raises BusFull if there is no room, or others are first."""
-        if client.gives_up:
-            client.gives_up = False
-            raise VscpError(self.full.text)
         self.quiet_until = self.now + QUIET_S
         if self.gather_at < NEVER:
             self.gather_at = self.now
@@ -2296,7 +2287,8 @@ class Daemon:
         waiting, self.waiting = self.waiting, deque()
         self.watch_bus()
         for client in waiting:
-            client.gives_up = True
+            log.debug(f"{client.name} > {client.lines[0]}")
+            client.lines[0] = VscpError(self.full.text)
             client.resume_at = 0.0
             client.turn()
 
@@ -2345,7 +2337,7 @@ class Daemon:
     def greet(self, client: Client) -> None:
         """Say who we are, and let the client in."""
         log.info(f"{client.name}: connected")
-        client.welcome = True
+        client.connected_at = self.now
         if not self.options.guest:
             client.log_in_by = self.now + LOG_IN_S
         self.clients[client] = None
@@ -2391,12 +2383,11 @@ class Daemon:
         self.leaving.discard(client)
         if self.stop_by < NEVER:
             self.soon(self.now)
-        if not client.welcome:
-            return
-        log.info(f"{client.name}: disconnected after "
-                 f"{duration_text(self.now - client.connected_at)}: "
-                 f"{counted(client.rx_frames, 'event')}, {client.lost} lost, "
-                 f"{client.tx_frames} sent" + (f"; {reason}" if reason else ""))
+        if client.connected_at < NEVER:
+            log.info(f"{client.name}: disconnected after "
+                     f"{duration_text(self.now - client.connected_at)}: "
+                     f"{counted(client.rx_frames, 'event')}, {client.lost} lost, "
+                     f"{client.tx_frames} sent" + (f"; {reason}" if reason else ""))
 
     def remove(self, client: Client) -> None:
         """No events any more for this client, and no place among those that wait."""
@@ -2927,17 +2918,14 @@ def serve(options: argparse.Namespace) -> int:
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
     allow_descriptors(options.max_clients)
+    pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
+    what = f"listen on {options.ip or ALL_ADDRESSES} port {options.port}"
     try:
         listener = listen(options.ip, options.port)
-    except OSError as error:
-        log.error(f"uvscpd.py: cannot listen on {options.ip or ALL_ADDRESSES} port "
-                  f"{options.port}: {error.strerror}")
-        return 1
-    pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
-    try:
+        what = f"write {options.pidfile}"
         descriptor = lock_pidfile(pidfile) if pidfile else None
     except OSError as error:
-        log.error(f"uvscpd.py: cannot write {options.pidfile}: {error.strerror}")
+        log.error(f"uvscpd.py: cannot {what}: {error.strerror}")
         return 1
     if options.users or options.lone_user:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
