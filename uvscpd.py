@@ -935,7 +935,6 @@ class Bus:
         self.sent = 0                       # the number of the next one
         self.own_wanted = False             # as the kernel was last told
         self.state = self.told = self.worst = BUS_WELL      # now, as logged, the worst since
-        self.checked = BUS_WELL             # at the last check
         self.went = False                   # frames under way are lost, what has come is to be read
         self.bus_offs = self.warnings = 0   # since the daemon was started
         self.overruns = 0                   # frames that the kernel or the controller dropped
@@ -1014,7 +1013,7 @@ class Bus:
             self.look_up()
         elif interface_exists(self.name):       # else no use asking the kernel for a socket
             self.open()
-        worst, self.worst, self.checked = self.worst, self.state, self.state
+        worst, self.worst = self.worst, self.state
         if worst.text != self.told.text:
             if worst is BUS_WELL:
                 log.info(f"{self.name}: the bus is back, was: {self.told.text}")
@@ -1043,8 +1042,8 @@ class Bus:
         elif not self.has_carrier():
             if self.state.status != BUS_OFF:
                 self.set_error(BUS_OFF, ERR_BUSOFF, 0, "bus off")
-        elif self.state.status == AWAY or self.state.status == BUS_OFF and (
-                self.state is self.checked):    # an error frame said so, half a second ago
+        elif self.state.status == AWAY or (     # an error frame said "bus off", some time ago
+                self.state.status == BUS_OFF and self.state.text == self.told.text):
             self.set_state(BUS_WELL)
 
     def has_carrier(self) -> bool:
