@@ -471,15 +471,14 @@ def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> li
             start = f"{head}{sender.channel_id if sender else 0},{date},"
             date_us = seconds * 1000000 & 0xFFFFFFFF
             end = f",{guid}{nickname}"
-        if len(data) == 8:
-            a, b, c, d, e, f, g, h = data
-            text = (f"{text_of[a]}{text_of[b]}{text_of[c]}{text_of[d]}"
-                    f"{text_of[e]}{text_of[f]}{text_of[g]}{text_of[h]}")
-        else:
-            text = "".join([text_of[byte] for byte in data])
         timestamp = (seconds * 1000000000 + nanoseconds if in_ns
                      else date_us + nanoseconds // 1000 & 0xFFFFFFFF)
-        add(f"{start}{timestamp}{end}{text}\r\n")
+        if len(data) == 8:
+            a, b, c, d, e, f, g, h = data
+            add(f"{start}{timestamp}{end}{text_of[a]}{text_of[b]}{text_of[c]}{text_of[d]}"
+                f"{text_of[e]}{text_of[f]}{text_of[g]}{text_of[h]}\r\n")
+        else:
+            add(f"{start}{timestamp}{end}{''.join([text_of[byte] for byte in data])}\r\n")
     return lines
 
 
@@ -1186,7 +1185,9 @@ class Bus:
             # kernel's time of it.
             if can_id >> 29 == EXTENDED and well and ancillary and not flags & MSG_CONFIRM:
                 seconds, nanoseconds = unpack_time(ancillary[0][2])
-                frames.append((can_id & EFF_MASK, data[:length], seconds, nanoseconds, None))
+                # Cutting off nothing, too, takes 3 us of 120.
+                frames.append((can_id & EFF_MASK, data if length == 8 else data[:length],
+                               seconds, nanoseconds, None))
             else:
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
                 well = self.state is BUS_WELL
