@@ -27,8 +27,6 @@ for section 8, and the loop that joins them section 9. Sections 10 and 11 are th
 command line, the start and the end.
 """
 
-from __future__ import annotations  # Python 3.7 or newer is needed
-
 # Only modules that OpenWrt's python3-light has. What is rarely needed and slow to
 # import is imported where it is used, but before the first client connects: later
 # there may be no descriptor left to read it.
@@ -47,11 +45,16 @@ import time
 from collections import deque, namedtuple
 from functools import lru_cache, partialmethod
 
-# Type checkers take this for true. At run time, importing typing would be an eighth of the start.
-TYPE_CHECKING: bool = False  # Python 3.7 or newer is needed
+# Older ones than 3.6 stop at the next line, which therefore says why.
+TYPE_CHECKING: bool = False     # Python 3.7 or newer is needed
+if sys.version_info < (3, 7):
+    sys.exit("uvscpd.py: Python 3.7 or newer is needed")
+
+# Type checkers take this for true. At run time, importing typing would be an eighth of the
+# start. So annotations that Python 3.7 cannot evaluate are in quotes.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Any
+    from typing import Any, NoReturn
 
 __version__ = "1.0.0"
 
@@ -377,7 +380,7 @@ BYTE_VALUE = {text[1:]: byte for byte, text in enumerate(BYTE_TEXT)}
 
 
 @lru_cache(maxsize=4096)
-def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> tuple[int, bool]:
+def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> "tuple[int, bool]":
     """The CAN id that four fields of an event make, and whether it mirrors Level I.
 
     Newer clients give heads of 16 bits, of which CAN carries bits 7-4. The
@@ -393,7 +396,7 @@ def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> tuple[int
     return can_id, number > 511
 
 
-def parse_event(text: str, *guids: bytes) -> tuple[int, bytes]:
+def parse_event(text: str, *guids: bytes) -> "tuple[int, bytes]":
     """The CAN id (29 bits) and the data (0-8 bytes) of an event that a client sends.
 
     obid, datetime and timestamp are not looked at: CAN carries none of them. A
@@ -429,7 +432,7 @@ def parse_event(text: str, *guids: bytes) -> tuple[int, bytes]:
 
 
 @lru_cache(maxsize=4096)
-def id_text(can_id: int) -> tuple[str, str]:
+def id_text(can_id: int) -> "tuple[str, str]":
     """What a CAN id alone says: `head,class,type,` and `:nickname`.
 
     Bit 29, which no CAN id has, is bit 8 of the head.
@@ -444,7 +447,7 @@ def utc_text(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-def format_events(frames: Iterable[Frame], guid: str, in_ns: bool = False) -> list[str]:
+def format_events(frames: "Iterable[Frame]", guid: str, in_ns: bool = False) -> "list[str]":
     """The event line of each frame; `guid` is the text of a GUID's first 15 bytes.
 
     The date ends in Z, without which node-vscp-tcp takes it for local time. The
@@ -499,7 +502,7 @@ if TYPE_CHECKING:
 FILTER_ALL = (0, 0, 0, GUID_ZERO)
 
 
-def parse_filter(text: str, what: str) -> Filter:
+def parse_filter(text: str, what: str) -> "Filter":
     """The filter or mask `priority,class,type,GUID`; `what` is the word for it.
 
     Raises VscpError when it is not one. Real clients give masks of 0xFFFF for
@@ -516,7 +519,7 @@ def parse_filter(text: str, what: str) -> Filter:
         raise VscpError(f"format error in {what} frame") from None
 
 
-def make_view(wanted: Filter, mask: Filter, guid: bytes) -> View:
+def make_view(wanted: "Filter", mask: "Filter", guid: bytes) -> "View":
     """The view of a client with this filter and mask, to which events show this GUID.
 
     The GUID compared is the event's as the client sees it: this one with the
@@ -543,7 +546,7 @@ def make_view(wanted: Filter, mask: Filter, guid: bytes) -> View:
     return guid_text, value & bits, bits
 
 
-def pack_filters(wanted: Iterable[tuple[int, int]]) -> bytes:
+def pack_filters(wanted: "Iterable[tuple[int, int]]") -> bytes:
     """The CAN_RAW_FILTER option: an array of struct can_filter, the union of what is wanted.
 
     Takes pairs of value and mask as in View. Only extended data frames pass.
@@ -661,7 +664,7 @@ PROTOCOL_DATA = """
 
 
 @lru_cache(maxsize=None)
-def event_names() -> dict[tuple[str, int], tuple[str, str]]:
+def event_names() -> "dict[tuple[str, int], tuple[str, str]]":
     """EVENT_NAMES by list and number: the name, and what stands behind its `=`.
 
     >>> event_names()["MEASUREMENT", 6], event_names()["CLASS", 511]
@@ -681,7 +684,7 @@ def event_names() -> dict[tuple[str, int], tuple[str, str]]:
 
 
 @lru_cache(maxsize=1024)
-def look_up(vscp_class: int, vscp_type: int) -> tuple[str, str, str]:
+def look_up(vscp_class: int, vscp_type: int) -> "tuple[str, str, str]":
     """The names of a class and a type, and what is noted on the type; "" for what is unknown.
 
     Classes 60, 65, 70 and 85 have the types of class 10; those of 11-14, and so of
@@ -761,7 +764,7 @@ def zone_text(first: str, data: bytes) -> str:
 
 
 @lru_cache(maxsize=None)
-def protocol_layout(vscp_type: int, length: int) -> tuple[struct.Struct, str]:
+def protocol_layout(vscp_type: int, length: int) -> "tuple[struct.Struct, str]":
     """The row of PROTOCOL_DATA for a type with this many data bytes, or an empty row.
 
     >>> protocol_layout(38, 6)[1]
@@ -920,7 +923,7 @@ class Bus:
     kernel support is needed.
     """
 
-    def __init__(self, name: str, watch: Callable[[socket.socket, int], None]) -> None:
+    def __init__(self, name: str, watch: "Callable[[socket.socket, int], None]") -> None:
         self.name = name
         self.virtual = name == ":virtual:"
         self.watch_socket = watch           # has the selector watch one for these events
@@ -1054,7 +1057,7 @@ class Bus:
         except OSError as error:
             return error.errno != errno.EINVAL      # it is down; else send says what is wrong
 
-    def set_away(self, code: int | None) -> None:
+    def set_away(self, code: "int | None") -> None:
         """The interface cannot be used, for this errno: note it with the advice that helps."""
         name, code = self.name, errno.ENODEV if code == errno.ENXIO else code or errno.EIO
         up = f"ip link set {name} up" + " type can bitrate 125000" * (name[:3] == "can")
@@ -1097,7 +1100,7 @@ class Bus:
 
     # --- frames ---
 
-    def set_filters(self, filters: list[tuple[int, int]], shared: bool) -> None:
+    def set_filters(self, filters: "list[tuple[int, int]]", shared: bool) -> None:
         """Have the kernel let only frames through that match a pair of value and mask.
 
         `shared` says whether anybody wants to get what somebody else sent here.
@@ -1117,10 +1120,7 @@ class Bus:
 
     def passes(self, can_id: int) -> bool:
         """Whether the kernel's filter lets a frame through."""
-        for value, mask in self.filters:
-            if can_id & mask == value:
-                return True
-        return False
+        return any(can_id & mask == value for value, mask in self.filters)
 
     def want_own(self) -> None:
         """Have the kernel give back own frames, or not: for a lone client they cost too much.
@@ -1132,7 +1132,7 @@ class Bus:
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, wanted)
             self.own_wanted = wanted
 
-    def send(self, can_id: int, data: bytes, sender: Client | Daemon) -> None:
+    def send(self, can_id: int, data: bytes, sender: "Client | Daemon") -> None:
         """Put a frame onto the bus.
 
         Raises BusFull when there is no room at the moment, VscpError, with what
@@ -1159,7 +1159,7 @@ class Bus:
             self.own.append((can_id, data, sender, self.sent))
             self.sent += 1
 
-    def read(self, limit: int) -> tuple[list[Frame], bool]:
+    def read(self, limit: int) -> "tuple[list[Frame], bool]":
         """What has come, oldest first, and whether that was all.
 
         Up to `limit` messages are read, error frames included. An interface that
@@ -1201,8 +1201,8 @@ class Bus:
                 frames += rest
         return frames, empty
 
-    def on_unusual(self, can_id: int, data: bytes, ancillary: list[tuple[int, int, bytes]],
-                   flags: int) -> list[Frame]:
+    def on_unusual(self, can_id: int, data: bytes, ancillary: "list[tuple[int, int, bytes]]",
+                   flags: int) -> "list[Frame]":
         """All that read() does not handle itself; returns the frame if clients get it."""
         if ancillary:
             seconds, nanoseconds = self.unpack_time(ancillary[0][2])
@@ -1235,7 +1235,7 @@ class Bus:
         text = hex_text(data) if kind == "standard" else ""
         return f"{self.name:<9} - {number:<8}  {kind} frame, not VSCP {text}".rstrip()
 
-    def claim(self, can_id: int, data: bytes) -> Client | Daemon | None:
+    def claim(self, can_id: int, data: bytes) -> "Client | Daemon | None":
         """Who sent a frame that came back; None: nobody knows.
 
         Some never come back (a full receive buffer, a controller in one-shot mode).
@@ -1295,7 +1295,7 @@ class LineSplitter:
     def __init__(self) -> None:
         self.rest = b""
 
-    def feed(self, data: bytes) -> list[str | VscpError]:
+    def feed(self, data: bytes) -> "list[str | VscpError]":
         *lines, self.rest = (self.rest + data.translate(None, NOT_TEXT)).split(b"\n")
         # One character more than allowed is enough to remember that there were too many.
         self.rest = self.rest[:MAX_LINE + 1]
@@ -1311,7 +1311,7 @@ def hide_password(line: str) -> str:
 class Client:
     """One TCP connection."""
 
-    def __init__(self, daemon: Daemon, sock: socket.socket, host: str, port: int,
+    def __init__(self, daemon: "Daemon", sock: socket.socket, host: str, port: int,
                  channel_id: int) -> None:
         self.daemon = daemon
         self.sock = sock
@@ -1465,7 +1465,7 @@ class Client:
             self.leave()
         return refusal(error)
 
-    def log_exchange(self, line: str | VscpError, reply: str) -> None:
+    def log_exchange(self, line: "str | VscpError", reply: str) -> None:
         """Log a command and its reply."""
         if isinstance(line, str):
             log.debug(f"{self.name} > {hide_password(line)}")
@@ -1484,7 +1484,7 @@ class Client:
         port = self.address.rpartition(":")[2]
         return self.user.name if self.user and self.user.name else f":{port}"
 
-    def log_in(self, user: User | None) -> None:
+    def log_in(self, user: "User | None") -> None:
         """From now on it is this user, or again nobody."""
         if log.debugging:           # what it has sent until now is shown by the name until now
             self.daemon.drain()
@@ -1515,7 +1515,7 @@ class Client:
 
     # --- events and writing ---
 
-    def put(self, lines: list[str], block: bytes, size: int) -> None:
+    def put(self, lines: "list[str]", block: bytes, size: int) -> None:
         """Send event lines, also given as one block, or buffer them.
 
         `size` is how many bytes the frames have on CAN.
@@ -1658,7 +1658,7 @@ class Command:
     """A row of the command table."""
 
     def __init__(self, names: str, privilege: int, usage: str, summary: str,
-                 handler: Any) -> None:
+                 handler: "Any") -> None:
         self.names = names.split()      # the command and its aliases
         self.privilege = privilege      # 0-15, what a client must have
         self.usage = usage              # its arguments, as HELP shows them
@@ -1677,13 +1677,13 @@ class Command:
         return f"{name} {self.usage}".rstrip() + f": {self.summary}{also}"
 
 
-COMMANDS: dict[str, Command] = {}       # by name and alias
+COMMANDS: "dict[str, Command]" = {}       # by name and alias
 ONLY_FULL_DAEMON = "only the full VSCP daemon has this command, uvscpd does not"
 
 
-def command(names: str, privilege: int, usage: str, summary: str) -> Callable[..., Any]:
+def command(names: str, privilege: int, usage: str, summary: str) -> "Callable[..., Any]":
     """Put a function into the table; used as a decorator, its row."""
-    def add(handler: Callable[..., str]) -> Callable[..., str]:
+    def add(handler: "Callable[..., str]") -> "Callable[..., str]":
         row = Command(names, privilege, usage, summary, handler)
         COMMANDS.update(dict.fromkeys(row.names, row))
         return handler
@@ -2095,7 +2095,7 @@ class Daemon:
                 client.leave()
             self.soon(self.now)
 
-    def watch(self, sock: socket.socket, events: int, action: Callable[[int], None]) -> None:
+    def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
         """Change what the selector watches a socket for; 0 is nothing."""
         watched = self.selector.get_map().get(sock)
         if watched and not events:
@@ -2145,14 +2145,14 @@ class Daemon:
                 break
         self.bus.count_drops()
 
-    def pump(self, limit: int) -> tuple[int, bool]:
+    def pump(self, limit: int) -> "tuple[int, bool]":
         """Read up to so many messages and hand the frames out; how many, and whether all."""
         frames, empty = self.bus.read(limit)
         if frames:
             self.hand_out(frames)
         return len(frames), empty
 
-    def hand_out(self, frames: list[Frame]) -> None:
+    def hand_out(self, frames: "list[Frame]") -> None:
         """Give frames to the clients that want them, but not to those that sent them."""
         if self.options.answer_probes:
             for can_id, data, *_ in frames:
@@ -2181,7 +2181,7 @@ class Daemon:
                 else:
                     client.put(lines, block, size)
 
-    def show(self, frames: list[Frame]) -> None:
+    def show(self, frames: "list[Frame]") -> None:
         """The lines of -d about events, and what the summary counts."""
         for can_id, data, seconds, nanoseconds, sender in frames:
             source = sender.short_name() if sender else self.bus.name
@@ -2192,7 +2192,7 @@ class Daemon:
             self.second = seconds
             self.most_in_second = max(self.most_in_second, self.in_second)
 
-    def summary(self) -> list[str]:
+    def summary(self) -> "list[str]":
         """What was on the bus, for -d when the daemon ends."""
         elapsed_s = self.now - self.began
         mean = self.frames / max(1.0, elapsed_s)
@@ -2226,7 +2226,7 @@ class Daemon:
         except (BusFull, VscpError) as error:
             log.debug(f"no answer to a probe: {getattr(error, 'text', error)}")
 
-    def address_for(self, data: bytes) -> str | None:
+    def address_for(self, data: bytes) -> "str | None":
         """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
         if data and data[0] != 0:
             return None         # it does not speak TCP/IP
@@ -2416,7 +2416,7 @@ class Daemon:
             self.last_id = self.last_id % 0xFFFF + 1
         return self.last_id
 
-    def interfaces(self, client: Client) -> list[str]:
+    def interfaces(self, client: Client) -> "list[str]":
         """The lines of INTERFACE LIST: number, type, GUID, name; with ids, each client, too.
 
         The types are the VSCP daemon's: 2 for a Level I driver, 4 for a TCP client.
@@ -2450,7 +2450,7 @@ def network_of(host: str) -> bytes:
     return socket.inet_aton(host)
 
 
-def address_towards(peer: str) -> str | None:
+def address_towards(peer: str) -> "str | None":
     """Our IPv4 address on the way to another one; None without a way. Nothing is sent."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -2464,7 +2464,7 @@ def address_towards(peer: str) -> str | None:
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line and friendlier argument files."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> "NoReturn":
         """Log what is wrong, in one line without words that may be a password, and exit."""
         text = re.sub(r"\[Errno \d+\] (.*?): '(.*)'", r"cannot read \2: \1", message)
         text = re.sub(r"(--[\w-]+)=\S*", r"\1", text)
@@ -2474,7 +2474,7 @@ class Parser(argparse.ArgumentParser):
         log.error(f"{self.prog}: {' '.join(text.split())}")
         self.exit(2)
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+    def convert_arg_line_to_args(self, arg_line: str) -> "list[str]":
         """One argument per line; `--port 8598` may stand in one line, too.
 
         A value may stand in quotes; behind it, a `#` that follows a space starts a
@@ -2494,7 +2494,7 @@ class Parser(argparse.ArgumentParser):
         return [option + value] if option or value else []
 
 
-def number_from(least: int, most: int) -> Callable[[str], int]:
+def number_from(least: int, most: int) -> "Callable[[str], int]":
     """An argparse type: a decimal number in this range."""
     def convert(text: str) -> int:
         if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
@@ -2540,7 +2540,7 @@ def own_guid(kind: str) -> bytes:
     raise LookupError(kind)
 
 
-def network_interfaces() -> list[str]:
+def network_interfaces() -> "list[str]":
     """Interfaces but for the loopback, the one with the default route first."""
     with open("/proc/net/route", encoding="ascii") as file:
         routes = [line.split() for line in file]
@@ -2576,7 +2576,7 @@ def login_argument(text: str) -> str:
     return text
 
 
-def pattern_argument(text: str) -> Callable[[str], bool]:
+def pattern_argument(text: str) -> "Callable[[str], bool]":
     """Says of an address whether it is in the network or like the pattern, `*` being anything."""
     import fnmatch
     import ipaddress
@@ -2630,12 +2630,12 @@ def login_digest(name: str, password: str) -> bytes:
     return sha256(f"{name}:{password}".encode("ascii")).digest()
 
 
-def allowed(host: str, patterns: list[Callable[[str], bool]]) -> bool:
+def allowed(host: str, patterns: "list[Callable[[str], bool]]") -> bool:
     """Whether an address is like one of the patterns; none of them: any address is."""
     return not patterns or any(matches(host) for matches in patterns)
 
 
-def find_user(users: dict[str, User], name: str, password: str, host: str) -> User | None:
+def find_user(users: "dict[str, User]", name: str, password: str, host: str) -> "User | None":
     """The user, if name, password and address are right; a wrong name takes as long."""
     from hmac import compare_digest
     user = users.get(name)
@@ -2643,7 +2643,7 @@ def find_user(users: dict[str, User], name: str, password: str, host: str) -> Us
     return user if user and right and allowed(host, user.hosts) else None
 
 
-def read_users(path: str) -> tuple[dict[str, User], bool]:
+def read_users(path: str) -> "tuple[dict[str, User], bool]":
     """The users in a file: NAME PASSWORD [LEVEL [HOST...]], one per line; `#` starts a comment.
 
     And whether anybody can read it.
@@ -2699,7 +2699,7 @@ def options_of_users(options: argparse.Namespace) -> None:
         options.lone_user[name] = User(name, password_digest(name, ""), MOST_PRIVILEGED, [])
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
     parser = Parser(
         prog="uvscpd.py", fromfile_prefix_chars="@",
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
@@ -2774,7 +2774,7 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
 ALL_ADDRESSES = "all addresses"
 
 
-def listen(ip: str | None, port: int) -> socket.socket:
+def listen(ip: "str | None", port: int) -> socket.socket:
     """A listening socket: for all addresses, IPv6 and IPv4, when none is given.
 
     Raises OSError when that is not possible.
@@ -2956,7 +2956,7 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: "list[str] | None" = None) -> int:
     """Run the daemon with these arguments, by default those of the process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until there is a daemon to stop
     options = parse_arguments(arguments)
