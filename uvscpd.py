@@ -936,8 +936,10 @@ class Bus:
         self.own: deque[tuple[int, bytes, Client | Daemon, int]] = deque(maxlen=MOST_UNDER_WAY)
         self.sent = 0                       # the number of the next one
         self.own_wanted = False             # as the kernel was last told
-        self.state = self.told = self.worst = BUS_WELL      # now, as logged, the worst since
-        self.went = False                   # frames under way are lost, what has come is to be read
+        self.state = self.logged = self.worst = BUS_WELL   # now, as logged, the worst since
+        # The interface went, or the controller gave up: own frames that have not come back never
+        # will. read() forgets them once it has read everything that came before.
+        self.interrupted = False
         self.bus_offs = self.warnings = 0   # since the daemon was started
         self.overruns = 0                   # frames that the kernel or the controller dropped
         self.errors = 0                     # error frames, counted with -d only
@@ -1016,13 +1018,13 @@ class Bus:
         elif interface_exists(self.name):       # else no use asking the kernel for a socket
             self.open()
         worst, self.worst = self.worst, self.state
-        if worst.text != self.told.text:
+        if worst.text != self.logged.text:
             if worst is BUS_WELL:
-                log.info(f"{self.name}: the bus is back, was: {self.told.text}")
+                log.info(f"{self.name}: the bus is back, was: {self.logged.text}")
             else:
                 where = "" if worst.status == AWAY else f"{self.name}: "
                 log.warning(where + trouble(worst))
-            self.told = worst
+            self.logged = worst
         self.want_own()
 
     def look_up(self) -> None:
@@ -1045,7 +1047,7 @@ class Bus:
             if self.state.status != BUS_OFF:
                 self.set_error(BUS_OFF, ERR_BUSOFF, 0, "bus off")
         elif self.state.status == AWAY or (     # an error frame said "bus off", some time ago
-                self.state.status == BUS_OFF and self.state.text == self.told.text):
+                self.state.status == BUS_OFF and self.state.text == self.logged.text):
             self.set_state(BUS_WELL)
 
     def has_carrier(self) -> bool:
@@ -1087,7 +1089,7 @@ class Bus:
         advice = "wiring, bit rate, other nodes"
         if status == BUS_OFF:
             advice = f"ip link set {self.name} down && ip link set {self.name} up"
-            self.went = True                # the controller forgets what it had to send
+            self.interrupted = True         # the controller forgets what it had to send
         self.set_state(BusState(status, code, controller, text, advice))
 
     def set_state(self, state: BusState) -> None:
@@ -1115,7 +1117,7 @@ class Bus:
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
                                  FILTER.pack(0, 0) if log.debugging else pack_filters(filters))
         except OSError:
-            self.went = True            # at this very moment; open() sets them again
+            self.interrupted = True     # the interface went just now; open() sets them again
         self.want_own()
 
     def passes(self, can_id: int) -> bool:
@@ -1149,8 +1151,8 @@ class Bus:
                 raise BusFull(f"{self.name} takes no more frames: nobody acknowledges, bus off, "
                               "or too much traffic",
                               NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
-            if not self.went:           # that was news; the interface may be back already
-                self.went = True
+            if not self.interrupted:    # the first that we hear of it; it may be back already
+                self.interrupted = True
                 self.send(can_id, data, sender)
                 return
             self.set_away(error.errno)
@@ -1162,9 +1164,9 @@ class Bus:
     def read(self, limit: int) -> "tuple[list[Frame], bool]":
         """What has come, oldest first, and whether that was all.
 
-        Up to `limit` messages are read, error frames included. An interface that
-        went is noted once everything that came before has been read: the kernel
-        reports the error first.
+        Up to `limit` messages are read, error frames included. If the interface
+        went, that is noted once everything that came before has been read: the
+        kernel reports the error first.
         """
         frames: list[Frame] = []
         if self.sock is None:
@@ -1178,7 +1180,7 @@ class Bus:
                 empty = True
                 break
             except OSError:
-                self.went = True
+                self.interrupted = True
                 continue
             can_id, length, data = unpack_frame(raw)
             # The usual: an extended data frame of another node, on a bus that is well, with the
@@ -1191,9 +1193,9 @@ class Bus:
             else:
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
                 well = self.state is BUS_WELL
-        if self.went:
+        if self.interrupted:
             if empty:
-                self.went = False
+                self.interrupted = False
                 self.own.clear()
                 self.look_up()
             elif limit < FRAMES_IN_KERNEL:
@@ -1353,7 +1355,7 @@ class Client:
         self.log_in_by = NEVER                  # sent away if it may do nothing until then
         self.complain_at = 0.0                  # no warning about lost events before
         self.connected_at = NEVER               # not if it is refused
-        self.look_at = daemon.now + PEER_CHECK_S    # is the peer still there?
+        self.check_peer_at = daemon.now + PEER_CHECK_S  # is the peer still there?
 
     # --- what the loop calls ---
 
@@ -1406,8 +1408,8 @@ class Client:
             self.turn()
         if self.leave_by <= now:
             self.daemon.drop(self, "")
-        if self.look_at <= now and not self.closed:
-            self.look_at = now + PEER_CHECK_S
+        if self.check_peer_at <= now and not self.closed:
+            self.check_peer_at = now + PEER_CHECK_S
             # One that is there acknowledges, if only a probe, however slowly it reads.
             if struct.unpack_from("=I", self.tcp_info(), LAST_ACK_RECEIVED)[0] > PEER_GONE_S * 1000:
                 self.daemon.drop(self, "the peer is gone")
@@ -2002,8 +2004,8 @@ class Daemon:
         self.gather_at = NEVER                  # under load: the bus is not watched until then
         self.retry_at = NEVER                   # for the head of those that wait
         self.full: BusFull                      # why it waits
-        self.send_by = NEVER                    # if the bus takes nothing until then, they give up
-        self.quiet_until = 0.0                  # a SEND's answer is waited for, nothing gathers
+        self.give_up_at = NEVER                 # if the bus takes nothing until then
+        self.no_gathering_until = 0.0           # somebody waits for the answer to a SEND
         self.busy_until = 0.0                   # the end of a time ...
         self.busy_frames = 0                    # ... in which so many frames came
         self.watchdog_s = watchdog_period()
@@ -2050,9 +2052,9 @@ class Daemon:
         self.watch_bus()
         for client in [*self.clients, *self.leaving]:
             client.tick()
-        if self.send_by <= self.now:
+        if self.give_up_at <= self.now:
             self.give_up_waiting()
-        self.soon(self.send_by)
+        self.soon(self.give_up_at)
         if self.stop_by == NEVER:           # again, if there were no descriptors
             self.watch(self.listener, READ, self.on_connection)
         if self.feed_at <= self.now and notify("WATCHDOG=1"):
@@ -2120,7 +2122,7 @@ class Daemon:
         if self.busy_until < self.now:
             self.busy_until, self.busy_frames = self.now + BUSY_S, 0
         self.busy_frames += count
-        if self.busy_frames >= BUSY_FRAMES and self.quiet_until < self.now:
+        if self.busy_frames >= BUSY_FRAMES and self.no_gathering_until < self.now:
             self.gather_at = self.now + GATHER_S
             self.watch_bus()
 
@@ -2131,7 +2133,7 @@ class Daemon:
         of the CPU time that waking up for each one takes.
         """
         count, empty = self.pump(FRAMES_A_TURN)
-        if count > 1 and self.quiet_until < self.now:
+        if count > 1 and self.no_gathering_until < self.now:
             self.gather_at = time.monotonic() + GATHER_S if empty else self.now
         else:
             self.gather_at = NEVER
@@ -2240,7 +2242,7 @@ class Daemon:
 
     def send(self, client: Client, can_id: int, data: bytes) -> None:
         """Send a client's frame; raises BusFull if there is no room, or others are first."""
-        self.quiet_until = self.now + QUIET_S
+        self.no_gathering_until = self.now + QUIET_S
         if self.gather_at < NEVER:
             self.gather_at = self.now
         if self.waiting and self.waiting[0] is not client:
@@ -2248,7 +2250,7 @@ class Daemon:
         self.bus.send(can_id, data, client)
         if self.waiting:
             self.waiting.popleft()
-            self.send_by = self.now + SEND_WAIT_S
+            self.give_up_at = self.now + SEND_WAIT_S
 
     def wait_for_room(self, client: Client, full: BusFull) -> None:
         """The client's next line is a SEND for which the bus has no room.
@@ -2262,9 +2264,9 @@ class Daemon:
         if self.waiting[0] is client:
             self.full = full
             self.retry_at = self.now + full.retry_s
-            if self.send_by == NEVER:
-                self.send_by = self.now + SEND_WAIT_S
-                self.soon(self.send_by)
+            if self.give_up_at == NEVER:
+                self.give_up_at = self.now + SEND_WAIT_S
+                self.soon(self.give_up_at)
         self.watch_bus()
 
     def send_waiting(self) -> None:
@@ -2295,7 +2297,7 @@ class Daemon:
     def watch_bus(self) -> None:
         """Have the selector watch the bus for frames, unless they gather, and for room."""
         if not self.waiting:
-            self.send_by = self.retry_at = NEVER
+            self.give_up_at = self.retry_at = NEVER
         self.bus.watch(self.gather_at == NEVER, bool(self.waiting) and self.retry_at == NEVER)
 
     # --- clients ---
