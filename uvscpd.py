@@ -129,6 +129,7 @@ BUSY_FRAMES, BUSY_S = 8, 0.02   # that many frames in that time are load: frames
 GATHER_S = 0.005                # ... for so long, ...
 QUIET_S = 0.02                  # ... but not this soon after a SEND: somebody waits for an answer
 LINES_A_TURN = 32               # commands of one client before the others' turn
+LINES_A_WRITE = 200             # of buffered events; flush() makes segments of them
 READ_SIZE = 16384               # bytes
 SEND_WAIT_S = 1.0               # a SEND waits until the bus has taken nothing for so long
 SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
@@ -157,26 +158,16 @@ class VscpError(argparse.ArgumentTypeError):
     """
 
 
-TOO_MANY_WRONG = VscpError("too many wrong log-ins")     # the last line of a connection
-
-
 class Later(Exception):
-    """A command cannot be run yet: the same line is to be run again at the time `at`."""
+    """A command cannot be run yet; its line runs again at the time `at`.
 
-    def __init__(self, at: float) -> None:
-        super().__init__()
-        self.at = at
-
-
-class BusFull(Later):
-    """There is no room on the bus now: for whom waits for it, `text` says why.
-
-    `retry_s` says how soon to try again, NEVER when poll tells.
+    NEVER: once the bus has room. The text says why it has none; after `retry_s`
+    it is worth trying again, NEVER when poll reports room.
     """
 
-    def __init__(self, text: str, retry_s: float) -> None:
-        super().__init__(NEVER)
-        self.text = text
+    def __init__(self, at: float, text: str = "", retry_s: float = NEVER) -> None:
+        super().__init__(text)
+        self.at = at
         self.retry_s = retry_s
 
 
@@ -483,6 +474,13 @@ def format_events(frames: "Iterable[Frame]", guid: str, in_ns: bool = False) -> 
         else:
             add(f"{start}{timestamp}{end}{''.join([text_of[byte] for byte in data])}\r\n")
     return lines
+
+
+def event_block(lines: "list[str]") -> "tuple[bytes, int]":
+    """Event lines as one block of bytes, and how many bytes their frames have on CAN."""
+    block = "".join(lines).encode("ascii")
+    # A line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
+    return block, block.count(b",") - 2 * len(lines)
 
 
 # =============================================================================
@@ -934,12 +932,13 @@ class Bus:
         # Own frames come back, confirmed, in the order in which they were sent: CAN id, data,
         # sender and number of those that have not. Empty as long as nobody wants them back.
         self.own: deque[tuple[int, bytes, Client | Daemon, int]] = deque(maxlen=MOST_UNDER_WAY)
-        self.sent = 0                       # the number of the next one
+        self.sent = 1                       # the number of the next one
         self.own_wanted = False             # as the kernel was last told
         self.state = self.logged = self.worst = BUS_WELL   # now, as logged, the worst since
-        # The interface went, or the controller gave up: own frames that have not come back never
-        # will. read() forgets them once it has read everything that came before.
-        self.interrupted = False
+        # The interface went, or the controller gave up: own frames with lower numbers than this
+        # that have not come back never will. read() forgets them once it has read everything
+        # that came before; then, and usually, it is 0.
+        self.lost_before = 0
         self.bus_offs = self.warnings = 0   # since the daemon was started
         self.overruns = 0                   # frames that the kernel or the controller dropped
         self.errors = 0                     # error frames, counted with -d only
@@ -1045,7 +1044,7 @@ class Bus:
             self.set_away(errno.ENETDOWN)
         elif not self.has_carrier():
             if self.state.status != BUS_OFF:
-                self.set_error(BUS_OFF, ERR_BUSOFF, 0, "bus off")
+                self.on_error_frame(ERR_BUSOFF, b"")
         elif self.state.status == AWAY or (     # an error frame said "bus off", some time ago
                 self.state.status == BUS_OFF and self.state.text == self.logged.text):
             self.set_state(BUS_WELL)
@@ -1077,21 +1076,6 @@ class Bus:
             advice = "plug in the adapter, load its driver (ip link and dmesg show what is there)"
         self.set_state(BusState(AWAY, code, 0, text, advice))
 
-    def set_error(self, status: int, code: int, controller: int, text: str) -> None:
-        """Note what an error frame, or the lack of a carrier, means."""
-        if status == WELL:
-            if self.has_carrier():
-                self.set_state(BUS_WELL)
-            return
-        if text != self.state.text:
-            self.bus_offs += status == BUS_OFF
-            self.warnings += status != BUS_OFF
-        advice = "wiring, bit rate, other nodes"
-        if status == BUS_OFF:
-            advice = f"ip link set {self.name} down && ip link set {self.name} up"
-            self.interrupted = True         # the controller forgets what it had to send
-        self.set_state(BusState(status, code, controller, text, advice))
-
     def set_state(self, state: BusState) -> None:
         """Note how the bus is doing; check() logs it."""
         if state != self.state:
@@ -1117,7 +1101,7 @@ class Bus:
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
                                  FILTER.pack(0, 0) if log.debugging else pack_filters(filters))
         except OSError:
-            self.interrupted = True     # the interface went just now; open() sets them again
+            self.lost_before = self.sent    # the interface went just now; open() sets them again
         self.want_own()
 
     def passes(self, can_id: int) -> bool:
@@ -1142,17 +1126,17 @@ class Bus:
         """
         if self.out is None:
             raise VscpError(trouble(self.state))
-        if self.state is not BUS_WELL and self.state.status == BUS_OFF and not self.has_carrier():
-            raise BusFull(trouble(self.state), TICK_S)
+        if self.state.status == BUS_OFF and not self.has_carrier():
+            raise Later(NEVER, trouble(self.state), TICK_S)
         try:
             self.out.send(pack_frame(can_id, data))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ENOBUFS):
-                raise BusFull(f"{self.name} takes no more frames: nobody acknowledges, bus off, "
-                              "or too much traffic",
-                              NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
-            if not self.interrupted:    # the first that we hear of it; it may be back already
-                self.interrupted = True
+                raise Later(NEVER, f"{self.name} takes no more frames: nobody acknowledges, "
+                            "bus off, or too much traffic",
+                            NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
+            if not self.lost_before:    # the first that we hear of it; it may be back already
+                self.lost_before = self.sent
                 self.send(can_id, data, sender)
                 return
             self.set_away(error.errno)
@@ -1180,7 +1164,7 @@ class Bus:
                 empty = True
                 break
             except OSError:
-                self.interrupted = True
+                self.lost_before = self.sent
                 continue
             can_id, length, data = unpack_frame(raw)
             # The usual: an extended data frame of another node, on a bus that is well, with the
@@ -1193,10 +1177,10 @@ class Bus:
             else:
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
                 well = self.state is BUS_WELL
-        if self.interrupted:
+        if self.lost_before:
             if empty:
-                self.interrupted = False
-                self.own.clear()
+                self.forget_own(self.lost_before)
+                self.lost_before = 0
                 self.look_up()
             elif limit < FRAMES_IN_KERNEL:
                 rest, empty = self.read(FRAMES_IN_KERNEL)
@@ -1251,19 +1235,35 @@ class Bus:
             return None
         sender, oldest = self.own[equal[-1]][2], self.own[equal[0]][3]
         del self.own[equal[-1]]
-        while self.own and self.own[0][3] < oldest - MOST_OVERTAKEN:
-            self.own.popleft()
+        self.forget_own(oldest - MOST_OVERTAKEN)
         return sender
+
+    def forget_own(self, before: int) -> None:
+        """Forget own frames with lower numbers than this: they will not come back."""
+        while self.own and self.own[0][3] < before:
+            self.own.popleft()
 
     def on_error_frame(self, can_id: int, data: bytes) -> None:
         """Note what an error frame (linux/can/error.h) says."""
         controller = data[1] if len(data) > 1 else 0
         if can_id & ERR_CRTL and controller & CRTL_RX_OVERFLOW:
             self.overruns += 1
-        for error_class, bits, status, text in ERRORS:
-            if can_id & error_class and (not bits or controller & bits):
-                self.set_error(status, can_id & EFF_MASK, controller, text)
-                return
+        rows = [row for row in ERRORS if can_id & row[0] and (not row[1] or controller & row[1])]
+        if not rows:
+            return
+        status, text = rows[0][2:]
+        if status == WELL:
+            if self.has_carrier():
+                self.set_state(BUS_WELL)
+            return
+        if text != self.state.text:
+            self.bus_offs += status == BUS_OFF
+            self.warnings += status != BUS_OFF
+        advice = "wiring, bit rate, other nodes"
+        if status == BUS_OFF:
+            advice = f"ip link set {self.name} down && ip link set {self.name} up"
+            self.lost_before = self.sent    # the controller forgets what it had to send
+        self.set_state(BusState(status, can_id & EFF_MASK, controller, text, advice))
 
     def count_drops(self) -> None:
         """Ask the kernel how many frames its full buffer has dropped."""
@@ -1287,22 +1287,19 @@ class Bus:
 # as long as something waits there, no line is run. Where it is in its life is
 # told by times: `stream_at`, `resume_at` and `leave_by`.
 
-class LineSplitter:
-    """Makes command lines out of bytes, however they are cut into packets.
+def split_lines(rest: str, data: bytes) -> "tuple[list[str | VscpError], str]":
+    """The command lines that end in `data`, and the new rest; `rest` is what came before.
 
     CR, other control characters and bytes over 0x7E are dropped. A line of more
-    than MAX_LINE characters becomes an error; no more than that is ever stored.
+    than MAX_LINE characters becomes an error, the rest holds no more than that.
+
+    >>> split_lines("no", b"op\\r\\nqu")
+    (['noop'], 'qu')
     """
-
-    def __init__(self) -> None:
-        self.rest = b""
-
-    def feed(self, data: bytes) -> "list[str | VscpError]":
-        *lines, self.rest = (self.rest + data.translate(None, NOT_TEXT)).split(b"\n")
-        # One character more than allowed is enough to remember that there were too many.
-        self.rest = self.rest[:MAX_LINE + 1]
-        return [line.decode("ascii") if len(line) <= MAX_LINE
-                else VscpError("line length exceeded") for line in lines]
+    *lines, rest = (rest + data.translate(None, NOT_TEXT).decode("ascii")).split("\n")
+    # One character more than allowed is enough to remember that there were too many.
+    return [line if len(line) <= MAX_LINE else VscpError("line length exceeded")
+            for line in lines], rest[:MAX_LINE + 1]
 
 
 def hide_password(line: str) -> str:
@@ -1320,6 +1317,7 @@ class Client:
         self.host = host
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.name = self.address                # for messages, once logged in with the user
+        self.short_name = f":{port}"            # in event lines of -d, once logged in the user
         self.channel_id = channel_id
         self.guid = client_guid(daemon.options.guid, channel_id)
         self.started = utc_text(int(time.time()))
@@ -1338,7 +1336,7 @@ class Client:
         self.overruns_before = daemon.bus.overruns
         self.rx_frames = self.rx_bytes = self.tx_frames = self.tx_bytes = 0
         # Its bytes
-        self.splitter = LineSplitter()
+        self.rest = ""                          # of a line that has come in part
         self.lines: deque[str | VscpError] = deque()    # commands to run, errors to answer
         self.previous = ""                      # the line that `+` runs again
         self.output = bytearray()               # what the connection has not taken yet
@@ -1381,7 +1379,8 @@ class Client:
                     self.flush()
             # Last, or a bus that is faster than the peer would keep its commands from running.
             while self.fifo and not self.output and self.stream_at <= self.daemon.now:
-                self.output += self.next_block()
+                some = min(LINES_A_WRITE, len(self.fifo))
+                self.write("".join([self.fifo.popleft() for _ in range(some)]))
                 self.flush()
             if self.leave_by < NEVER and not self.output:
                 self.shut_down()
@@ -1397,7 +1396,7 @@ class Client:
     def tick(self) -> None:
         """Do what is due: a sign of life, a line that waited, the end."""
         now = self.daemon.now
-        if self.sign_at <= now:
+        if self.sign_at <= now and not self.lines:  # or it would be taken for the reply due
             self.sign_at = now + SIGN_OF_LIFE_S
             if not self.output:
                 self.write(ok())
@@ -1429,11 +1428,12 @@ class Client:
         except BlockingIOError:
             return
         except OSError:             # it was reset, perhaps in the middle of a line
-            data = self.splitter.rest = b""
+            data, self.rest = b"", ""
         self.ended = not data
         if self.leave_by == NEVER:
             # At the end of the input a last line counts without a line end.
-            self.lines.extend(self.splitter.feed(data or b"\n" * bool(self.splitter.rest)))
+            lines, self.rest = split_lines(self.rest, data or b"\n" * bool(self.rest))
+            self.lines.extend(lines)
 
     def run_lines(self) -> None:
         """Run some of the lines that have come; the other clients have their turn, too."""
@@ -1447,7 +1447,7 @@ class Client:
             except Later as later:
                 self.lines.appendleft(line)
                 self.pause(later.at)
-                if isinstance(later, BusFull):
+                if later.at == NEVER:
                     self.daemon.wait_for_room(self, later)
                 break
             if log.debugging:
@@ -1463,9 +1463,10 @@ class Client:
 
     def refuse(self, error: VscpError) -> str:
         """The reply that was due; the last one if there were too many wrong log-ins."""
-        if error is TOO_MANY_WRONG:
-            self.leave()
-        return refusal(error)
+        if self.failures < MOST_WRONG_LOGINS:
+            return refusal(error)
+        self.leave()
+        return refusal(error) + refusal("too many wrong log-ins")
 
     def log_exchange(self, line: "str | VscpError", reply: str) -> None:
         """Log a command and its reply."""
@@ -1481,11 +1482,6 @@ class Client:
 
     # --- who it is ---
 
-    def short_name(self) -> str:
-        """What -d shows as the source of its events: the user, or the port as in its address."""
-        port = self.address.rpartition(":")[2]
-        return self.user.name if self.user and self.user.name else f":{port}"
-
     def log_in(self, user: "User | None") -> None:
         """From now on it is this user, or again nobody."""
         if log.debugging:           # what it has sent until now is shown by the name until now
@@ -1494,7 +1490,9 @@ class Client:
             self.log_in_by = NEVER if user or self.daemon.options.guest else (
                 self.daemon.now + LOG_IN_S)
         self.user = user
-        self.name = f"{self.address} ({user.name})" if user and user.name else self.address
+        name = user.name if user else ""
+        self.name = f"{self.address} ({name})" if name else self.address
+        self.short_name = name or ":" + self.address.rpartition(":")[2]
         self.level = user.level if user else self.daemon.options.guest
         if self.level < COMMANDS["rcvloop"].privilege:
             self.stream_at = self.sign_at = NEVER
@@ -1509,19 +1507,13 @@ class Client:
         self.log_in(None)
         self.daemon.suspect(self)
         self.failures += 1
-        if self.failures >= MOST_WRONG_LOGINS:
-            self.lines.clear()
-            self.lines.append(TOO_MANY_WRONG)
         self.lines.appendleft(error)
         self.pause(self.daemon.now + WRONG_LOGIN_S)
 
     # --- events and writing ---
 
     def put(self, lines: "list[str]", block: bytes, size: int) -> None:
-        """Send event lines, also given as one block, or buffer them.
-
-        `size` is how many bytes the frames have on CAN.
-        """
+        """Send event lines, also given as one block with its size on CAN, or buffer them."""
         self.rx_frames += len(lines)
         self.rx_bytes += size
         if self.fifo or self.output or self.stream_at > self.daemon.now:
@@ -1580,16 +1572,6 @@ class Client:
             if sent < size:
                 break
 
-    def next_block(self) -> bytes:
-        """Take a segment's worth of events from the FIFO, at least one."""
-        fifo = self.fifo
-        lines = [fifo.popleft()]
-        room = self.segment - len(lines[0])
-        while fifo and len(fifo[0]) <= room:
-            room -= len(fifo[0])
-            lines.append(fifo.popleft())
-        return "".join(lines).encode("ascii")
-
     def watch(self) -> None:
         """Have the selector watch for what this client can use now."""
         interest = 0
@@ -1597,7 +1579,7 @@ class Client:
             interest = WRITE
         if not self.lines and not self.ended:
             interest |= READ
-        if interest != self.interest:
+        if interest != self.interest:       # asking the selector would take 20 us of 900
             try:
                 self.daemon.watch(self.sock, interest, self.on_ready)
                 self.interest = interest
@@ -1647,8 +1629,8 @@ class Client:
 
 def ok(*lines: str, text: str = "") -> str:
     """A good reply: data lines, then the final `+OK` line."""
-    final = f"+OK - {text}" if text else "+OK"
-    return "\r\n".join(lines + (final, ""))
+    final = f"+OK - {text}\r\n" if text else "+OK\r\n"
+    return "\r\n".join((*lines, final)) if lines else final
 
 
 def refusal(reason: object) -> str:
@@ -1748,19 +1730,19 @@ def do_repeat(client: Client) -> str:
 @command("user", 0, "[NAME]", "user name, to log in")
 def do_user(client: Client, name: str = "") -> str:
     options = client.daemon.options
-    if not options.users and not options.lone_user or "" in options.users:
+    if not options.users or "" in options.users:
         return ok(text="no user configured")
     if not name:
         raise VscpError("please supply username")
     client.log_in(None)
     client.given_name = name
-    return log_in(client, name, "") if options.lone_user else ok()
+    return log_in(client, name, "") if options.name_is_enough else ok()
 
 
 @command("pass", 0, "[PASSWORD]", "password, to log in")
 def do_pass(client: Client, password: str = "") -> str:
     users = client.daemon.options.users
-    if not users:
+    if not users or client.daemon.options.name_is_enough:
         return ok(text="no password configured")
     if not password:
         raise VscpError("please supply password")
@@ -1780,7 +1762,7 @@ def log_in(client: Client, name: str, password: str) -> str:
         if client.has_ended():          # or guesses would make others wait whose peer is gone
             raise VscpError("a wrong log-in came from this address just before, try again")
         raise Later(wait_until)
-    user = find_user(options.lone_user or options.users, name, password, client.host)
+    user = find_user(options.users, name, password, client.host)
     if user is None:
         client.on_wrong_log_in(VscpError("invalid username or password"))
         return ""
@@ -1975,15 +1957,13 @@ def watchdog_period() -> float:
 class Daemon:
     """Everything that runs: the bus, the listening socket, the clients."""
 
-    name, channel_id = "uvscpd", 0      # of what the daemon itself sends
+    short_name, channel_id = "uvscpd", 0    # of what the daemon itself sends
 
     def __init__(self, options: argparse.Namespace, listener: socket.socket) -> None:
         self.options = options
         self.started = utc_text(int(time.time()))
         self.answers: deque[float] = deque(maxlen=MOST_ANSWERS)     # when probes were answered
-        self.capabilities = CAPABILITIES
-        if listener.family == socket.AF_INET6:
-            self.capabilities |= CAPABILITY_IPV6
+        self.capabilities = CAPABILITIES | CAPABILITY_IPV6 * (listener.family == socket.AF_INET6)
         self.clients: dict[Client, None] = {}   # in the order in which they are served
         self.leaving: set[Client] = set()       # told to go, not counted any more
         self.views: dict[View, list[Client]] = {}
@@ -2003,7 +1983,7 @@ class Daemon:
         self.tick_at = self.now
         self.gather_at = NEVER                  # under load: the bus is not watched until then
         self.retry_at = NEVER                   # for the head of those that wait
-        self.full: BusFull                      # why it waits
+        self.full_text = ""                     # why it waits
         self.give_up_at = NEVER                 # if the bus takes nothing until then
         self.no_gathering_until = 0.0           # somebody waits for the answer to a SEND
         self.busy_until = 0.0                   # the end of a time ...
@@ -2025,8 +2005,7 @@ class Daemon:
     # --- the loop ---
 
     def run(self) -> None:
-        """Serve until stop is called."""
-        signal.set_wakeup_fd(self.wake_up_end.fileno())
+        """Serve until a signal says stop."""
         while self.now < self.stop_by:
             wake_at = min(self.tick_at, self.gather_at, self.retry_at)
             ready = self.selector.select(max(0.0, wake_at - self.now))
@@ -2071,11 +2050,6 @@ class Daemon:
         if due and notify(f"READY=1\nSTATUS={state}, {numbers}"):
             self.status, self.status_at = (state, numbers), self.now + STATUS_S
 
-    def stop(self) -> None:
-        """Tell every client, and end once all have gone or the time is up."""
-        if self.stop_by == NEVER:
-            self.stop_by = time.monotonic() + STOPPING_S
-
     def close(self) -> None:
         """End every connection."""
         notify("STOPPING=1")
@@ -2088,14 +2062,14 @@ class Daemon:
             thing.close()
 
     def on_signal(self, _mask: int) -> None:
-        """A signal came and its handler has run: what it asked for is done now."""
+        """Stop: tell every client, and end once all have gone or the time is up."""
         self.wake_up.recv(READ_SIZE)
-        if self.stop_by < NEVER:
-            self.watch(self.listener, 0, self.on_connection)
-            for client in list(self.clients):
-                client.write(refusal("uvscpd is stopping"))
-                client.leave()
-            self.soon(self.now)
+        self.stop_by = min(self.stop_by, self.now + STOPPING_S)
+        self.watch(self.listener, 0, self.on_connection)
+        for client in list(self.clients):
+            client.write(refusal("uvscpd is stopping"))
+            client.leave()
+        self.soon(self.now)
 
     def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
         """Change what the selector watches a socket for; 0 is nothing."""
@@ -2171,22 +2145,19 @@ class Daemon:
             if not seen:
                 continue
             lines = format_events(seen, guid, self.options.ns_timestamps)
-            block = "".join(lines).encode("ascii")
-            # A line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
-            size = block.count(b",") - 2 * len(lines)
+            block, size = event_block(lines)
             for client in clients:
                 if senders and client in senders:
                     others = [line for line, frame in zip(lines, seen) if frame[4] is not client]
-                    block_of_others = "".join(others).encode("ascii")
-                    size_of_others = block_of_others.count(b",") - 2 * len(others)
-                    client.put(others, block_of_others, size_of_others)
+                    if others:
+                        client.put(others, *event_block(others))
                 else:
                     client.put(lines, block, size)
 
     def show(self, frames: "list[Frame]") -> None:
         """The lines of -d about events, and what the summary counts."""
         for can_id, data, seconds, nanoseconds, sender in frames:
-            source = sender.short_name() if sender else self.bus.name
+            source = sender.short_name if sender else self.bus.name
             log.debug(event_row(source, can_id, data), seconds * 1000000 + nanoseconds // 1000)
             vscp_class = can_id >> 16 & 0x1FF
             self.by_class[vscp_class] = self.by_class.get(vscp_class, 0) + 1
@@ -2205,10 +2176,6 @@ class Daemon:
                 *(f"{count:9} " + f"{look_up(number, 0)[0]} ({number})".lstrip()
                   for number, count in classes)]
 
-    def short_name(self) -> str:
-        """What -d shows as the source of our own events."""
-        return self.name
-
     def answer(self, can_id: int, data: bytes) -> None:
         """Tell a node that looks for a server where this one is.
 
@@ -2225,8 +2192,8 @@ class Daemon:
                              self.listener.getsockname()[1])
         try:
             self.bus.send(can_id & 0x1C000000 | PROBE_RESPONSE, answer, self)
-        except (BusFull, VscpError) as error:
-            log.debug(f"no answer to a probe: {getattr(error, 'text', error)}")
+        except (Later, VscpError) as error:
+            log.debug(f"no answer to a probe: {error}")
 
     def address_for(self, data: bytes) -> "str | None":
         """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
@@ -2246,13 +2213,13 @@ class Daemon:
         if self.gather_at < NEVER:
             self.gather_at = self.now
         if self.waiting and self.waiting[0] is not client:
-            raise BusFull(f"{self.bus.name} takes no more frames", NEVER)
+            raise Later(NEVER)
         self.bus.send(can_id, data, client)
         if self.waiting:
             self.waiting.popleft()
             self.give_up_at = self.now + SEND_WAIT_S
 
-    def wait_for_room(self, client: Client, full: BusFull) -> None:
+    def wait_for_room(self, client: Client, full: Later) -> None:
         """The client's next line is a SEND for which the bus has no room.
 
         All that wait stand in one line. Its head stays the head until it has sent,
@@ -2260,9 +2227,8 @@ class Daemon:
         """
         if client not in self.waiting:
             self.waiting.append(client)
-        client.resume_at = NEVER
         if self.waiting[0] is client:
-            self.full = full
+            self.full_text = str(full)
             self.retry_at = self.now + full.retry_s
             if self.give_up_at == NEVER:
                 self.give_up_at = self.now + SEND_WAIT_S
@@ -2272,16 +2238,13 @@ class Daemon:
     def send_waiting(self) -> None:
         """Let those that wait try again, one SEND each, until one finds no room."""
         self.retry_at = NEVER
-        for _ in range(len(self.waiting)):
-            head = self.waiting[0]
+        for head in list(self.waiting):
             head.resume_at = 0.0
             head.turn()
-            if head in self.waiting and self.waiting[0] is head:
+            if self.waiting and self.waiting[0] is head:
                 if head.resume_at == NEVER:
                     break                       # no room
                 self.waiting.popleft()          # it cannot run a line, as its peer reads nothing
-            if not self.waiting:
-                break
         self.watch_bus()
 
     def give_up_waiting(self) -> None:
@@ -2290,7 +2253,7 @@ class Daemon:
         self.watch_bus()
         for client in waiting:
             log.debug(f"{client.name} > {client.lines[0]}")
-            client.lines[0] = VscpError(self.full.text)
+            client.lines[0] = VscpError(self.full_text)
             client.resume_at = 0.0
             client.turn()
 
@@ -2375,8 +2338,7 @@ class Daemon:
         if client.closed:
             return
         client.closed = True
-        if client.interest:
-            self.watch(client.sock, 0, client.on_ready)
+        self.watch(client.sock, 0, client.on_ready)
         client.sock.close()
         client.fifo.clear()         # a frame under way may keep the client for long
         client.lines.clear()
@@ -2681,7 +2643,6 @@ def options_of_users(options: argparse.Namespace) -> None:
     path, name, password = options.users, options.user, options.password
     options.public_file = ""        # the users' file, if anybody can read it
     options.users = {}              # by name; "" is -P without -U, when any name will do
-    options.lone_user = {}          # -U without -P, when the name is enough
     if options.guest is None:
         options.guest = MOST_PRIVILEGED if path is None else 0
     if path is not None:
@@ -2694,11 +2655,10 @@ def options_of_users(options: argparse.Namespace) -> None:
             raise VscpError("with --users, -U and -P go together")
         if name in options.users:
             raise VscpError(f"user {name} is in {path}, too")
-    if password is not None:
-        options.users[name or ""] = User(name or "", password_digest(name or "", password),
+    options.name_is_enough = bool(name) and password is None
+    if name or password:
+        options.users[name or ""] = User(name or "", password_digest(name or "", password or ""),
                                          MOST_PRIVILEGED, [])
-    elif name is not None:
-        options.lone_user[name] = User(name, password_digest(name, ""), MOST_PRIVILEGED, [])
 
 
 def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
@@ -2900,15 +2860,14 @@ def remove_pidfile(name: str) -> None:
 
 def tell_who_may_what(options: argparse.Namespace, everywhere: bool) -> None:
     """Log what somebody may not be aware of about access."""
-    users = options.users or options.lone_user
     if options.public_file:
         log.warning(f"others can read {options.public_file}, try: chmod o= {options.public_file}")
-    if users and options.guest == MOST_PRIVILEGED:
+    if options.users and options.guest == MOST_PRIVILEGED:
         log.warning("clients may do everything without logging in; "
                     "--guest 0 makes them log in first")
-    elif not users and options.guest < MOST_PRIVILEGED:
+    elif not options.users and options.guest < MOST_PRIVILEGED:
         log.warning("nobody can log in: there is no user (--users)")
-    elif not users and everywhere and not options.allow:
+    elif not options.users and everywhere and not options.allow:
         log.info("every host that reaches this one may use the bus (see --allow, --users, --ip)")
 
 
@@ -2929,13 +2888,14 @@ def serve(options: argparse.Namespace) -> int:
     except OSError as error:
         log.error(f"uvscpd.py: cannot {what}: {error.strerror}")
         return 1
-    if options.users or options.lone_user:
+    if options.users:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
     child_end = None if options.stay else detach()
     daemon = Daemon(options, listener)
+    signal.set_wakeup_fd(daemon.wake_up_end.fileno())       # wakes the loop, which calls on_signal
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has SIGHUP ignored
-            signal.signal(number, lambda _number, _frame: daemon.stop())
+            signal.signal(number, lambda _number, _frame: None)
     try:
         if descriptor is not None:
             write_pidfile(descriptor)
