@@ -2892,7 +2892,8 @@ def log_access(options: argparse.Namespace, everywhere: bool) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Listen, detach unless told to stay, serve; returns the exit status."""
-    # Nothing of ours may get the number of a standard file that was closed before we began.
+    # If stdin, stdout or stderr is closed, put /dev/null there, or a socket becomes descriptor 2
+    # and gets the log.
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:
         null = os.open(os.devnull, os.O_RDWR)
