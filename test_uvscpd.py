@@ -853,162 +853,68 @@ class FilterTest(unittest.TestCase):
 
 
 # =============================================================================
-# 5. Names and values
+# 5. Addresses and users
 # =============================================================================
-# From a frame to its name and to what its data says.
+# Who may connect, and who may log in.
 
-# CAN id, names of class and type; behind each `|`, data: what it says.
-MEANINGS = """
-    # Nodes and registers.
-    00000205 PROTOCOL NEW_NODE_ONLINE | 05: node 5
-    00000305 PROTOCOL PROBE_ACK | :
-    00000600 PROTOCOL SET_NICKNAME | 0506: node 5 becomes node 6
-    00000800 PROTOCOL DROP_NICKNAME | 05: node 5 | 052003: node 5 flags 00100000 after 3 s
-    00000900 PROTOCOL READ_REGISTER | 0510: node 5 register 16 | 05: | 000510:
-    00000A05 PROTOCOL RW_RESPONSE | 102A: register 16 = 42
-    00000B00 PROTOCOL WRITE_REGISTER | 05102A: node 5 register 16 = 42
-    00001800 PROTOCOL PAGE_READ | 050007: node 5 register 0 count 7
-    00001A05 PROTOCOL RW_PAGE_RESPONSE | 01FF00: frame 1: 255 0
-    00001B05 PROTOCOL HIGH_END_SERVER_PROBE | : | 00C0A80114: TCP/IP at 192.168.1.20
-    00001C00 PROTOCOL HIGH_END_SERVER_RESPONSE
-        | 8028C0A801082196: TCP/IP 192.168.1.8 port 8598, capabilities 8028
-    00002500 PROTOCOL EXTENDED_PAGE_READ | 05000110: node 5 page 1 register 16
-        | 050100D010: node 5 page 256 register 208 count 16
-    00002600 PROTOCOL EXTENDED_PAGE_WRITE | 050000102A: node 5 page 0 register 16 = 42 | 05000010:
-    00002705 PROTOCOL EXTENDED_PAGE_RESPONSE
-        | 0300011001020304: page 1 register 16 = 1 2 3 4, frame 3
-    # Who is there.
-    00001F00 PROTOCOL WHO_IS_THERE | : all nodes | FF: all nodes | 05: node 5
-    00002005 PROTOCOL WHO_IS_THERE_RESPONSE | 00FFFFFFFFFFFFFF: frame 0, GUID FF:FF:FF:FF:FF:FF:FF
-        | 0207056578616D70: frame 2, GUID 7:5, MDF examp | 036C650A6F007800: frame 3, MDF le.o.x
-        | 0007: frame 0, GUID 7 | 031F207E7F410000: frame 3, MDF . ~.A | 0600000000000000: frame 6
-        | 00:
-    00002A05 PROTOCOL | 01:
-    # Measurements: each coding, units by name and by number, nothing behind the coding.
-    0C0A0605 MEASUREMENT TEMPERATURE | 8A8100D7: 21.5 C, sensor 2 | 80858D: -0.00115 K, sensor 0
-        | 90021B22: 694600 F, sensor 0 | 98000001: 1, unit 3, sensor 0
-        | AE41838000: 16.4375 C, sensor 6 | C0000000: | E001: | :
-    0C0A0005 MEASUREMENT GENERAL | 8080FF: -1, sensor 0
-        | 807F800000000000: -1.40737488355328e+141, sensor 0
-        | 80FF7FFFFFFFFFFF: 1.40737488355327e-113, sensor 0
-        | 80037FFFFFFFFFFF: 1.40737488355327e+17, sensor 0 | 8081: | 80:
-    0C0A0105 MEASUREMENT COUNT | 60FF: -1, sensor 0
-        | 6780000000000000: -36028797018963968, sensor 7 | 60:
-    0C0A1005 MEASUREMENT ELECTRICAL_POTENTIAL | A041A8CCCD: 21.1 V, sensor 0
-        | A07FC00000: nan V, sensor 0 | A0FF800000: -inf V, sensor 0 | A041A8CC:
-    0C0A2305 MEASUREMENT HUMIDITY | 402D34352E35: -45.5 %, sensor 0 | 4031320A33: | 40:
-    0C0A0405 MEASUREMENT TIME | 3807EA0B16172000: bytes 7 234 11 22 23 32 0, unit 3, sensor 0
-    0C0AFF05 MEASUREMENT | 6805: 5, unit 1, sensor 0
-    0C0B0605 MEASUREMENTX1 | 6805: 5, unit 1, sensor 0
-    0C0F0105 DATA IO | 0105A0: bits 00000101 10100000, sensor 1
-    # The same in classes without a coding byte, or with a zone before it.
-    0C3C0605 MEASUREMENT64 TEMPERATURE | 4072666666666666: 294.4 K | 407266666666:
-    0C400605 MEASUREMENT64X4 | FFEFFFFFFFFFFFFF: -1.79769313486232e+308
-    0C460605 MEASUREMENT32 TEMPERATURE | 43933333: 294.4 K | :
-    0C4A0605 MEASUREMENT32X4 | 43933333: 294.4
-    0C410605 MEASUREZONE TEMPERATURE | 010203898100D7: 21.5 C, index 1, zone 2, sub-zone 3
-    0C550605 SETVALUEZONE TEMPERATURE | 00FFFF6015: 21 K, index 0, all zones, all sub-zones
-        | 010203:
-    0C590605 SETVALUEZONEX4 | 0102036015: 21, index 1, zone 2, sub-zone 3
-    0C450605 MEASUREZONEX4 | 0102036015: 21, index 1, zone 2, sub-zone 3
-    0C090605 | 6015:
-    0C100605 | 6015:
-    0C3B0605 | 4072666666666666:
-    0C4B0605 | 43933333:
-    0C540605 | 0102036015:
-    # Zones, and what comes before them.
-    0C140305 INFORMATION ON | 000123: index 0, zone 1, sub-zone 35 | 00: index 0 | :
-    0C140105 INFORMATION BUTTON | 010123000B: state 1, zone 1, sub-zone 35
-    0C140005 INFORMATION GENERAL | 000123:
-    0C142405 INFORMATION STREAM_DATA | 0001020304050607:
-    0C1E0500 CONTROL TURNON | FF01FF: index 255, zone 1, all sub-zones
-    0C1E1400 CONTROL DIM_LAMPS | 3201FF: level 50, zone 1, all sub-zones
-    00010205 ALARM ALARM | 0401FF: alarm 4, zone 1, all sub-zones
-    04020905 SECURITY DOOR_OPEN | 000123: data 0, zone 1, sub-zone 35
-    # Only the class is known, or not even that.
-    0C5A0305 WEATHER | 0001236015:
-    1FFFFFFF LOCAL | FFFFFFFFFFFFFFFF:
-    0D900305 | 000123:
-    # The last name of each list, and those behind a gap: none is missing or there twice.
-    00000000 PROTOCOL GENERAL | :
-    00002900 PROTOCOL GET_EVENT_INTEREST_RESPONSE | :
-    00003000 PROTOCOL ACTIVATE_NEW_IMAGE_ACK | :
-    00003900 PROTOCOL BOOT_LOADER_ABORT_NACK | :
-    00010D00 ALARM RESET | :
-    00022500 SECURITY VIBRATION_DETECTED | :
-    000A4100 MEASUREMENT REACTIVE_ENERGY | :
-    000F0600 DATA SIGNAL_QUALITY | :
-    00140900 INFORMATION NODE_HEARTBEAT | :
-    00145800 INFORMATION PROXIMITY_DETECTED | :
-    001E3500 CONTROL DECREMENT | :
-"""
+class AddressTest(OwnDaemonTestCase):
+    PATTERNS = (        # --allow, addresses that may connect, others
+        ("", "127.0.0.1 ::1 192.0.2.1", ""),
+        ("*", "127.0.0.1 ::1 192.0.2.1", ""),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.2 127.0.0.10 ::1"),
+        ("127.0.0.*", "127.0.0.0 127.0.0.255", "127.0.1.0 227.0.0.1 ::1"),
+        ("127.0.0.0/8", "127.0.0.1 127.255.255.255", "128.0.0.0 ::1"),
+        ("192.168.1.8/24", "192.168.1.0 192.168.1.255", "192.168.2.8"),
+        ("::1", "::1", "::2 127.0.0.1 0.0.0.1"),
+        ("::/64", "::1 ::ffff:0:0:1", "0:0:0:1::1 127.0.0.1"),
+        ("FD00:*", "fd00::1 fd00:1::2", "fd01::1 127.0.0.1"),
+        ("2001:0db8:* 010.1.*", "2001:db8::1 10.1.2.3", "2001:d::1 10.2.0.1"),
+        ("fd00:0:0:*", "fd00::1 fd00:0:0:1::", "fd00:0:1::"),
+        ("::ffff:127.0.0.0/104", "127.255.255.255", "128.0.0.0 ::1"),
+        ("10.0.0.1 ::1 127.*", "10.0.0.1 ::1 127.0.0.1", "10.0.0.2 ::2"),
+    )
+    BAD_PATTERNS = ("", "localhost", "127.0.0", "127.0.0.256", "127.0.0.0/33", "127.0.0.0/x",
+                    "127..0.1", "127.0.0.1-5", "127.0.0.1 ", "127.0.0.x*", "::1/129", "::g",
+                    "fe80::1%lo", "fd00:*g", "127.0.0.0.*", "256.0.0.*", "127.0:0.*")
 
-ERROR_MEANINGS = (                        # CAN id # data; what it says
-    ("040#", "bus off"), ("020#0000", "nobody acknowledges"),
-    ("004#0020", "controller (transmit passive)"),
-    ("204#000C", "controller (receive warning, transmit warning)"),
-    ("088#00FF", "protocol violation, bus error"), ("800#", "unknown"),
-    *((f"{1 << bit:X}#", text) for bit, text in enumerate((
-        "transmit timeout", "lost arbitration", "controller", "protocol violation",
-        "transceiver", "nobody acknowledges", "bus off", "bus error", "restarted"))),
-    *((f"4#00{1 << bit:02X}", f"controller ({text})") for bit, text in enumerate((
-        "receive overflow", "transmit overflow", "receive warning", "transmit warning",
-        "receive passive", "transmit passive", "active"))))
+    def test_ALLOW_patterns(self) -> None:
+        for patterns, good, bad in self.PATTERNS:
+            allow = uvscpd.parse_arguments([f"--allow={text}" for text in patterns.split()]).allow
+            for host in f"{good} {bad}".split():
+                with self.subTest(patterns, host=host):
+                    self.assertEqual(uvscpd.allowed(host, allow), host in good.split())
 
+    def test_ALLOW_malformed_patterns(self) -> None:
+        for text in self.BAD_PATTERNS:
+            self.assert_bad_argument(f"--allow={text}", "--allow")
 
-class MeaningTest(unittest.TestCase):
-    CLASSES = (0, 1, 2, *range(10, 16), 20, 30, 40, 50, *range(60, 75), *range(85, 91), 95, 100,
-               102, 110, 120, 206, 212, 506, 508, 509, 510, 511)
+    def test_addresses_as_they_are_logged(self) -> None:
+        for address, plain in (("127.0.0.1", "127.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"),
+                               ("::1", "::1"), ("fe80::1%eth0", "fe80::1"),
+                               ("::ffff:0:1", "::ffff:0:1")):
+            self.assertEqual(uvscpd.plain_address(address), plain)
 
-    def test_frame_to_name_and_meaning(self) -> None:
-        for row in re.findall(r"\n    ([0-9A-F].*(?:\n     .*)*)", MEANINGS):
-            head, *cases = re.split(r"\s*\| ", row)
-            can_id, name = int(head[:8], 16), head[9:]
-            vscp_class, vscp_type = can_id >> 16 & 511, can_id >> 8 & 255
-            self.assertEqual(uvscpd.event_name(vscp_class, vscp_type),
-                             f"{name} ({vscp_class}.{vscp_type})".lstrip())
-            for data, _, meaning in (case.partition(":") for case in cases):
-                with self.subTest(head, data=data):
-                    self.assertEqual(uvscpd.event_meaning(can_id, bytes.fromhex(data)),
-                                     meaning.strip())
+    USERS = """
+# name   password    level hosts
+panel    secret      4     127.0.0.*    # a comment
+hass\tsha256:{}   15     127.0.0.2 ::1
+watcher  look#out    2
+nobody   nothing     0
+    """.format(hashlib.sha256(b"hass:top").hexdigest().upper())
 
-    def test_known_classes(self) -> None:
-        self.assertEqual([*self.CLASSES], [number for number in range(512)
-                                           if not uvscpd.event_name(number, 255).startswith("(")])
-
-    def test_any_frame_gives_one_line(self) -> None:
-        rng = random.Random(1)
-        for vscp_class, vscp_type, length in itertools.product(
-                [*self.CLASSES, 400, *[0, 10, 65] * 3], range(256), range(9)):
-            can_id = rng.getrandbits(29) & 0x1E0000FF | vscp_class << 16 | vscp_type << 8
-            data = bytes(rng.getrandbits(8) for _ in range(length))
-            line = uvscpd.event_row("can0", can_id, data)
-            if not re.fullmatch("[ -~]+", line):
-                self.fail(f"{can_id:08X}#{data.hex()}: {line!r}")
-
-    def test_row(self) -> None:
-        for frame, source, row in (
-                ("0C0A0605#8A8100D7", "can0",
-                 "can0      * 0C0A0605  MEASUREMENT TEMPERATURE (10.6) "
-                 "node 5 p3   8A 81 00 D7  21.5 C, sensor 2"),
-                ("02000900#0510", "hass", "hass      * 02000900  PROTOCOL READ_REGISTER (0.9)   "
-                 "host p0 hard 05 10        node 5 register 16"),
-                ("1D9003FF#", "can0", "can0      * 1D9003FF  (400.3)                        "
-                 "node 255 p7")):
-            with self.subTest(frame):
-                self.assertEqual(uvscpd.event_row(source, *parse_frame(frame)), row)
-
-    def test_error_frames(self) -> None:
-        for frame, text in ERROR_MEANINGS:
-            with self.subTest(frame):
-                self.assertEqual(uvscpd.error_meaning(*parse_frame(frame)), text)
-
-    def test_durations_and_counts(self) -> None:
-        for seconds, text in ((0.9, "0 s"), (59, "59 s"), (60, "1 min"), (61, "1 min 1 s"),
-                              (3600, "1 h"), (90061, "1 d 1 h"), (86400, "1 d")):
-            self.assertEqual(uvscpd.duration_text(seconds), text)
-        self.assertEqual([uvscpd.counted(number, "frame") for number in (0, 1, 2)],
-                         ["0 frames", "1 frame", "2 frames"])
+    def test_users_and_hosts(self) -> None:
+        arguments = ["--users", self.file(self.USERS), "-U", "boss", "-P", "b"]
+        users = uvscpd.parse_arguments(arguments).users
+        for name, password, host, level in (
+                ("panel", "secret", "127.0.0.1", 4), ("panel", "secret", "127.0.1.1", None),
+                ("panel", "Secret", "127.0.0.1", None), ("hass", "top", "127.0.0.2", 15),
+                ("hass", "top", "::1", 15), ("hass", "top", "127.0.0.1", None),
+                ("watcher", "look#out", "192.0.2.1", 2), ("watcher", "secret", "192.0.2.1", None),
+                ("nobody", "nothing", "::1", 0), ("boss", "b", "192.0.2.1", 15),
+                ("boss", "sha256:x", "::1", None), ("", "secret", "::1", None)):
+            with self.subTest(name, password=password, host=host):
+                user = uvscpd.find_user(users, name, password, host)
+                self.assertEqual(user and user.level, level)
 
 
 # =============================================================================
@@ -1058,7 +964,7 @@ class BusTest(unittest.TestCase):
 
     def test_virtual_bus_is_bounded(self) -> None:
         sent = []
-        with self.assertRaises(uvscpd.BusFull):
+        with self.assertRaises(uvscpd.Later):
             for number in range(uvscpd.MOST_UNDER_WAY):
                 self.bus.send(number, b"", SENDERS["A"])
                 sent.append(number)
@@ -1079,6 +985,14 @@ class BusTest(unittest.TestCase):
                         self.assertIs(self.come_back(can_id, data.encode()), SENDERS.get(sender))
                     else:
                         self.send(can_id, data.encode(), who)
+
+    def test_own_frame_sent_right_after_the_interface_went_and_came(self) -> None:
+        with mock.patch.object(self.bus, "out") as out:
+            self.bus.send(1, b"", SENDERS["A"])
+            out.send.side_effect = [OSError(errno.ENETDOWN, ""), 16]
+            self.bus.send(2, b"", SENDERS["A"])
+            self.assertEqual(self.bus.read(100), ([], True))
+        self.assertEqual([self.come_back(number) for number in (1, 2)], [None, SENDERS["A"]])
 
     ERROR_FRAMES = (    # class, data[1]; what INFO says then, STAT's first three counts
         (0x004, 0x01, '0,0,0,"OK"', "0,0,1"), (0x004, 0x02, '0,0,0,"OK"', "0,0,1"),
@@ -1133,7 +1047,7 @@ def watched(daemon: uvscpd.Daemon) -> tuple[bool, bool]:
 # =============================================================================
 # From bytes to command lines, and how connections begin and end.
 
-class LineSplitterTest(unittest.TestCase):
+class SplitTest(unittest.TestCase):
     TOO_LONG = "line length exceeded"
     LINES: tuple[tuple[bytes, list[str]], ...] = (
         (b"noop\r\nquit\n", ["noop", "quit"]),
@@ -1148,21 +1062,25 @@ class LineSplitterTest(unittest.TestCase):
          ["noop", TOO_LONG, TOO_LONG, ""]),
     )
 
+    rest = ""
+
+    def feed(self, data: bytes) -> list[str]:
+        lines, self.rest = uvscpd.split_lines(self.rest, data)
+        return [str(line) for line in lines]
+
     def test_lines_in_pieces_of_any_size(self) -> None:
         for data, lines in self.LINES:
             for size in (len(data), 1, 2, 3, 511, 512, 513, 514):
                 with self.subTest(data[:30], size=size):
-                    splitter = uvscpd.LineSplitter()
+                    self.rest = ""
                     pieces = [data[start:start + size] for start in range(0, len(data), size)]
-                    self.assertEqual(
-                        [str(line) for piece in pieces for line in splitter.feed(piece)], lines)
+                    self.assertEqual([line for piece in pieces for line in self.feed(piece)], lines)
 
     def test_endless_line(self) -> None:
-        splitter = uvscpd.LineSplitter()
         for _ in range(100):
-            self.assertEqual(splitter.feed(b"x" * 16384), [])
-            self.assertLessEqual(len(splitter.rest), 513)
-        self.assertEqual([*map(str, splitter.feed(b"\nnoop\n"))], [self.TOO_LONG, "noop"])
+            self.assertEqual(self.feed(b"x" * 16384), [])
+            self.assertLessEqual(len(self.rest), 513)
+        self.assertEqual(self.feed(b"\nnoop\n"), [self.TOO_LONG, "noop"])
 
 
 class ClientTest(DaemonTestCase):
@@ -1603,28 +1521,6 @@ class AccessTest(OwnDaemonTestCase):
             daemon.now += uvscpd.WRONG_LOGIN_S
         self.assertIsNotNone(client.user)
 
-    USERS = """
-# name   password    level hosts
-panel    secret      4     127.0.0.*    # a comment
-hass\tsha256:{}   15     127.0.0.2 ::1
-watcher  look#out    2
-nobody   nothing     0
-    """.format(hashlib.sha256(b"hass:top").hexdigest().upper())
-
-    def test_users_and_hosts(self) -> None:
-        arguments = ["--users", self.file(self.USERS), "-U", "boss", "-P", "b"]
-        users = uvscpd.parse_arguments(arguments).users
-        for name, password, host, level in (
-                ("panel", "secret", "127.0.0.1", 4), ("panel", "secret", "127.0.1.1", None),
-                ("panel", "Secret", "127.0.0.1", None), ("hass", "top", "127.0.0.2", 15),
-                ("hass", "top", "::1", 15), ("hass", "top", "127.0.0.1", None),
-                ("watcher", "look#out", "192.0.2.1", 2), ("watcher", "secret", "192.0.2.1", None),
-                ("nobody", "nothing", "::1", 0), ("boss", "b", "192.0.2.1", 15),
-                ("boss", "sha256:x", "::1", None), ("", "secret", "::1", None)):
-            with self.subTest(name, password=password, host=host):
-                user = uvscpd.find_user(users, name, password, host)
-                self.assertEqual(user and user.level, level)
-
     def test_users_file_of_a_relative_name_detached(self) -> None:
         name = os.path.join("..", os.path.relpath(self.file("a b"), tempfile.gettempdir()))
         with self.detached("--users", name) as (port, _), Peer(port) as peer:
@@ -1872,7 +1768,6 @@ class TurnTest(OwnDaemonTestCase):
             client = self.connected(daemon)[0] if with_client else None
             daemon.tick()
             self.assertAlmostEqual(daemon.tick_at - daemon.now, 0.5)
-            daemon.stop()
             daemon.wake_up_end.send(b"\0")
             daemon.on_signal(0)
             self.assertEqual(daemon.tick_at, daemon.now)
@@ -2094,94 +1989,168 @@ class SystemdTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 10. Addresses, options
+# 10. What -d shows
 # =============================================================================
-# Which addresses are meant, users, GUIDs from this machine's addresses, arguments.
+# From a frame to its names and to what its data says.
 
-class AddressTest(OwnDaemonTestCase):
-    PATTERNS = (        # --allow, addresses that may connect, others
-        ("", "127.0.0.1 ::1 192.0.2.1", ""),
-        ("*", "127.0.0.1 ::1 192.0.2.1", ""),
-        ("127.0.0.1", "127.0.0.1", "127.0.0.2 127.0.0.10 ::1"),
-        ("127.0.0.*", "127.0.0.0 127.0.0.255", "127.0.1.0 227.0.0.1 ::1"),
-        ("127.0.0.0/8", "127.0.0.1 127.255.255.255", "128.0.0.0 ::1"),
-        ("192.168.1.8/24", "192.168.1.0 192.168.1.255", "192.168.2.8"),
-        ("::1", "::1", "::2 127.0.0.1 0.0.0.1"),
-        ("::/64", "::1 ::ffff:0:0:1", "0:0:0:1::1 127.0.0.1"),
-        ("FD00:*", "fd00::1 fd00:1::2", "fd01::1 127.0.0.1"),
-        ("2001:0db8:* 010.1.*", "2001:db8::1 10.1.2.3", "2001:d::1 10.2.0.1"),
-        ("fd00:0:0:*", "fd00::1 fd00:0:0:1::", "fd00:0:1::"),
-        ("::ffff:127.0.0.0/104", "127.255.255.255", "128.0.0.0 ::1"),
-        ("10.0.0.1 ::1 127.*", "10.0.0.1 ::1 127.0.0.1", "10.0.0.2 ::2"),
-    )
-    BAD_PATTERNS = ("", "localhost", "127.0.0", "127.0.0.256", "127.0.0.0/33", "127.0.0.0/x",
-                    "127..0.1", "127.0.0.1-5", "127.0.0.1 ", "127.0.0.x*", "::1/129", "::g",
-                    "fe80::1%lo", "fd00:*g", "127.0.0.0.*", "256.0.0.*", "127.0:0.*")
+# CAN id, names of class and type; behind each `|`, data: what it says.
+MEANINGS = """
+    # Nodes and registers.
+    00000205 PROTOCOL NEW_NODE_ONLINE | 05: node 5
+    00000305 PROTOCOL PROBE_ACK | :
+    00000600 PROTOCOL SET_NICKNAME | 0506: node 5 becomes node 6
+    00000800 PROTOCOL DROP_NICKNAME | 05: node 5 | 052003: node 5 flags 00100000 after 3 s
+    00000900 PROTOCOL READ_REGISTER | 0510: node 5 register 16 | 05: | 000510:
+    00000A05 PROTOCOL RW_RESPONSE | 102A: register 16 = 42
+    00000B00 PROTOCOL WRITE_REGISTER | 05102A: node 5 register 16 = 42
+    00001800 PROTOCOL PAGE_READ | 050007: node 5 register 0 count 7
+    00001A05 PROTOCOL RW_PAGE_RESPONSE | 01FF00: frame 1: 255 0
+    00001B05 PROTOCOL HIGH_END_SERVER_PROBE | : | 00C0A80114: TCP/IP at 192.168.1.20
+    00001C00 PROTOCOL HIGH_END_SERVER_RESPONSE
+        | 8028C0A801082196: TCP/IP 192.168.1.8 port 8598, capabilities 8028
+    00002500 PROTOCOL EXTENDED_PAGE_READ | 05000110: node 5 page 1 register 16
+        | 050100D010: node 5 page 256 register 208 count 16
+    00002600 PROTOCOL EXTENDED_PAGE_WRITE | 050000102A: node 5 page 0 register 16 = 42 | 05000010:
+    00002705 PROTOCOL EXTENDED_PAGE_RESPONSE
+        | 0300011001020304: page 1 register 16 = 1 2 3 4, frame 3
+    # Who is there.
+    00001F00 PROTOCOL WHO_IS_THERE | : all nodes | FF: all nodes | 05: node 5
+    00002005 PROTOCOL WHO_IS_THERE_RESPONSE | 00FFFFFFFFFFFFFF: frame 0, GUID FF:FF:FF:FF:FF:FF:FF
+        | 0207056578616D70: frame 2, GUID 7:5, MDF examp | 036C650A6F007800: frame 3, MDF le.o.x
+        | 0007: frame 0, GUID 7 | 031F207E7F410000: frame 3, MDF . ~.A | 0600000000000000: frame 6
+        | 00:
+    00002A05 PROTOCOL | 01:
+    # Measurements: each coding, units by name and by number, nothing behind the coding.
+    0C0A0605 MEASUREMENT TEMPERATURE | 8A8100D7: 21.5 C, sensor 2 | 80858D: -0.00115 K, sensor 0
+        | 90021B22: 694600 F, sensor 0 | 98000001: 1, unit 3, sensor 0
+        | AE41838000: 16.4375 C, sensor 6 | C0000000: | E001: | :
+    0C0A0005 MEASUREMENT GENERAL | 8080FF: -1, sensor 0
+        | 807F800000000000: -1.40737488355328e+141, sensor 0
+        | 80FF7FFFFFFFFFFF: 1.40737488355327e-113, sensor 0
+        | 80037FFFFFFFFFFF: 1.40737488355327e+17, sensor 0 | 8081: | 80:
+    0C0A0105 MEASUREMENT COUNT | 60FF: -1, sensor 0
+        | 6780000000000000: -36028797018963968, sensor 7 | 60:
+    0C0A1005 MEASUREMENT ELECTRICAL_POTENTIAL | A041A8CCCD: 21.1 V, sensor 0
+        | A07FC00000: nan V, sensor 0 | A0FF800000: -inf V, sensor 0 | A041A8CC:
+    0C0A2305 MEASUREMENT HUMIDITY | 402D34352E35: -45.5 %, sensor 0 | 4031320A33: | 40:
+    0C0A0405 MEASUREMENT TIME | 3807EA0B16172000: bytes 7 234 11 22 23 32 0, unit 3, sensor 0
+    0C0AFF05 MEASUREMENT | 6805: 5, unit 1, sensor 0
+    0C0B0605 MEASUREMENTX1 | 6805: 5, unit 1, sensor 0
+    0C0F0105 DATA IO | 0105A0: bits 00000101 10100000, sensor 1
+    # The same in classes without a coding byte, or with a zone before it.
+    0C3C0605 MEASUREMENT64 TEMPERATURE | 4072666666666666: 294.4 K | 407266666666:
+    0C400605 MEASUREMENT64X4 | FFEFFFFFFFFFFFFF: -1.79769313486232e+308
+    0C460605 MEASUREMENT32 TEMPERATURE | 43933333: 294.4 K | :
+    0C4A0605 MEASUREMENT32X4 | 43933333: 294.4
+    0C410605 MEASUREZONE TEMPERATURE | 010203898100D7: 21.5 C, index 1, zone 2, sub-zone 3
+    0C550605 SETVALUEZONE TEMPERATURE | 00FFFF6015: 21 K, index 0, all zones, all sub-zones
+        | 010203:
+    0C590605 SETVALUEZONEX4 | 0102036015: 21, index 1, zone 2, sub-zone 3
+    0C450605 MEASUREZONEX4 | 0102036015: 21, index 1, zone 2, sub-zone 3
+    0C090605 | 6015:
+    0C100605 | 6015:
+    0C3B0605 | 4072666666666666:
+    0C4B0605 | 43933333:
+    0C540605 | 0102036015:
+    # Zones, and what comes before them.
+    0C140305 INFORMATION ON | 000123: index 0, zone 1, sub-zone 35 | 00: index 0 | :
+    0C140105 INFORMATION BUTTON | 010123000B: state 1, zone 1, sub-zone 35
+    0C140005 INFORMATION GENERAL | 000123:
+    0C142405 INFORMATION STREAM_DATA | 0001020304050607:
+    0C1E0500 CONTROL TURNON | FF01FF: index 255, zone 1, all sub-zones
+    0C1E1400 CONTROL DIM_LAMPS | 3201FF: level 50, zone 1, all sub-zones
+    00010205 ALARM ALARM | 0401FF: alarm 4, zone 1, all sub-zones
+    04020905 SECURITY DOOR_OPEN | 000123: data 0, zone 1, sub-zone 35
+    # Only the class is known, or not even that.
+    0C5A0305 WEATHER | 0001236015:
+    1FFFFFFF LOCAL | FFFFFFFFFFFFFFFF:
+    0D900305 | 000123:
+    # The last name of each list, and those behind a gap: none is missing or there twice.
+    00000000 PROTOCOL GENERAL | :
+    00002900 PROTOCOL GET_EVENT_INTEREST_RESPONSE | :
+    00003000 PROTOCOL ACTIVATE_NEW_IMAGE_ACK | :
+    00003900 PROTOCOL BOOT_LOADER_ABORT_NACK | :
+    00010D00 ALARM RESET | :
+    00022500 SECURITY VIBRATION_DETECTED | :
+    000A4100 MEASUREMENT REACTIVE_ENERGY | :
+    000F0600 DATA SIGNAL_QUALITY | :
+    00140900 INFORMATION NODE_HEARTBEAT | :
+    00145800 INFORMATION PROXIMITY_DETECTED | :
+    001E3500 CONTROL DECREMENT | :
+"""
 
-    def test_ALLOW_patterns(self) -> None:
-        for patterns, good, bad in self.PATTERNS:
-            allow = uvscpd.parse_arguments([f"--allow={text}" for text in patterns.split()]).allow
-            for host in f"{good} {bad}".split():
-                with self.subTest(patterns, host=host):
-                    self.assertEqual(uvscpd.allowed(host, allow), host in good.split())
+ERROR_MEANINGS = (                        # CAN id # data; what it says
+    ("040#", "bus off"), ("020#0000", "nobody acknowledges"),
+    ("004#0020", "controller (transmit passive)"),
+    ("204#000C", "controller (receive warning, transmit warning)"),
+    ("088#00FF", "protocol violation, bus error"), ("800#", "unknown"),
+    *((f"{1 << bit:X}#", text) for bit, text in enumerate((
+        "transmit timeout", "lost arbitration", "controller", "protocol violation",
+        "transceiver", "nobody acknowledges", "bus off", "bus error", "restarted"))),
+    *((f"4#00{1 << bit:02X}", f"controller ({text})") for bit, text in enumerate((
+        "receive overflow", "transmit overflow", "receive warning", "transmit warning",
+        "receive passive", "transmit passive", "active"))))
 
-    def test_ALLOW_malformed_patterns(self) -> None:
-        for text in self.BAD_PATTERNS:
-            self.assert_bad_argument(f"--allow={text}", "--allow")
 
-    def test_addresses_as_they_are_logged(self) -> None:
-        for address, plain in (("127.0.0.1", "127.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"),
-                               ("::1", "::1"), ("fe80::1%eth0", "fe80::1"),
-                               ("::ffff:0:1", "::ffff:0:1")):
-            self.assertEqual(uvscpd.plain_address(address), plain)
+class MeaningTest(unittest.TestCase):
+    CLASSES = (0, 1, 2, *range(10, 16), 20, 30, 40, 50, *range(60, 75), *range(85, 91), 95, 100,
+               102, 110, 120, 206, 212, 506, 508, 509, 510, 511)
 
-    def assert_machine_guid(self, kind: str, addresses: set[bytes]) -> None:
-        """One of these addresses, or, where there is none, a bad argument."""
-        first = b"\xFF" * 7 + {"mac": b"\xFE", "ip": b"\xFD"}[kind]
-        if addresses:
-            self.assertIn(uvscpd.guid_argument(kind), {first + address for address in addresses})
-        else:
-            self.assert_bad_argument(f"--guid={kind}", "--guid")
+    def test_frame_to_name_and_meaning(self) -> None:
+        for row in re.findall(r"\n    ([0-9A-F].*(?:\n     .*)*)", MEANINGS):
+            head, *cases = re.split(r"\s*\| ", row)
+            can_id, name = int(head[:8], 16), head[9:]
+            vscp_class, vscp_type = can_id >> 16 & 511, can_id >> 8 & 255
+            self.assertEqual(uvscpd.event_name(vscp_class, vscp_type),
+                             f"{name} ({vscp_class}.{vscp_type})".lstrip())
+            for data, _, meaning in (case.partition(":") for case in cases):
+                with self.subTest(head, data=data):
+                    self.assertEqual(uvscpd.event_meaning(can_id, bytes.fromhex(data)),
+                                     meaning.strip())
 
-    def test_GUID_of_this_machine(self) -> None:
-        macs = set()
-        for name in os.listdir("/sys/class/net"):
-            with open(f"/sys/class/net/{name}/type", encoding="ascii") as kind, \
-                    open(f"/sys/class/net/{name}/address", encoding="ascii") as address:
-                if kind.read() == "1\n":                    # Ethernet
-                    macs.add(bytes.fromhex(address.read().replace(":", ""))[:4])
-        with open("/proc/net/fib_trie", encoding="ascii") as file:
-            ips = set(re.findall(r"\|-- (?!127)(\S+)\n +/32 host LOCAL", file.read()))
-        self.assert_machine_guid("mac", macs)
-        self.assert_machine_guid("ip", {socket.inet_aton(ip) for ip in ips})
+    def test_known_classes(self) -> None:
+        self.assertEqual([*self.CLASSES], [number for number in range(512)
+                                           if not uvscpd.event_name(number, 255).startswith("(")])
 
-    def test_GUID_of_other_machines(self) -> None:
-        # struct ifreq: name, then a sockaddr: family and 6 bytes; family, port and 4 bytes.
-        ethernet = bytes(16) + struct.pack("=H", 1) + b"\2\3\4\5\6\7" + bytes(16)
-        internet = bytes(16) + struct.pack("=H", 2) + b"\0\0\xC0\0\2\1" + bytes(16)
-        mac, ip = {b"\2\3\4\5"}, {b"\xC0\0\2\1"}
-        rows: tuple[tuple[str, list[str], Any, set[bytes]], ...] = (
-            ("mac", ["eth0"], [ethernet], mac),
-            ("ip", ["eth0"], [internet], ip),
-            ("ip", ["eth0", "eth1"], [OSError(), internet], ip),
-            ("mac", ["ppp0", "eth0"], [bytes(40), ethernet], mac),
-            ("mac", ["ppp0"], [bytes(40)], set()),
-            ("ip", ["eth0"], [OSError()], set()),
-            ("mac", [], [], set()), ("ip", [], [], set()))      # only the loopback
-        for kind, interfaces, answers, wanted in rows:
-            with self.subTest(kind, interfaces=interfaces), \
-                    mock.patch("uvscpd.network_interfaces", return_value=interfaces), \
-                    mock.patch("fcntl.ioctl", side_effect=answers):
-                self.assert_machine_guid(kind, wanted)
+    def test_any_frame_gives_one_line(self) -> None:
+        rng = random.Random(1)
+        for vscp_class, vscp_type, length in itertools.product(
+                [*self.CLASSES, 400, *[0, 10, 65] * 3], range(256), range(9)):
+            can_id = rng.getrandbits(29) & 0x1E0000FF | vscp_class << 16 | vscp_type << 8
+            data = bytes(rng.getrandbits(8) for _ in range(length))
+            line = uvscpd.event_row("can0", can_id, data)
+            if not re.fullmatch("[ -~]+", line):
+                self.fail(f"{can_id:08X}#{data.hex()}: {line!r}")
 
-    def test_interfaces_of_this_machine_and_another(self) -> None:
-        self.assertEqual({*uvscpd.network_interfaces(), "lo"},
-                         {name for _, name in socket.if_nameindex()} | {"lo"})
-        route = "Iface\tDestination\tGateway\neth1\t0000A8C0\t00000000\nwlan0\t00000000\t0100A8C0\n"
-        dev = "Inter-|   Receive\n face |bytes\n    lo:  0 0\n  eth1: 1 2\n wlan0: 3 4\n"
-        with mock.patch("builtins.open", side_effect=[io.StringIO(route), io.StringIO(dev)]):
-            self.assertEqual(uvscpd.network_interfaces(), ["wlan0", "eth1", "wlan0"])
+    def test_row(self) -> None:
+        for frame, source, row in (
+                ("0C0A0605#8A8100D7", "can0",
+                 "can0      * 0C0A0605  MEASUREMENT TEMPERATURE (10.6) "
+                 "node 5 p3   8A 81 00 D7  21.5 C, sensor 2"),
+                ("02000900#0510", "hass", "hass      * 02000900  PROTOCOL READ_REGISTER (0.9)   "
+                 "host p0 hard 05 10        node 5 register 16"),
+                ("1D9003FF#", "can0", "can0      * 1D9003FF  (400.3)                        "
+                 "node 255 p7")):
+            with self.subTest(frame):
+                self.assertEqual(uvscpd.event_row(source, *parse_frame(frame)), row)
 
+    def test_error_frames(self) -> None:
+        for frame, text in ERROR_MEANINGS:
+            with self.subTest(frame):
+                self.assertEqual(uvscpd.error_meaning(*parse_frame(frame)), text)
+
+    def test_durations_and_counts(self) -> None:
+        for seconds, text in ((0.9, "0 s"), (59, "59 s"), (60, "1 min"), (61, "1 min 1 s"),
+                              (3600, "1 h"), (90061, "1 d 1 h"), (86400, "1 d")):
+            self.assertEqual(uvscpd.duration_text(seconds), text)
+        self.assertEqual([uvscpd.counted(number, "frame") for number in (0, 1, 2)],
+                         ["0 frames", "1 frame", "2 frames"])
+
+
+# =============================================================================
+# 11. Options
+# =============================================================================
+# Arguments, files of arguments and of users, GUIDs from the addresses of this machine.
 
 class ArgumentTest(OwnDaemonTestCase):
     BAD_ARGUMENTS = (
@@ -2264,7 +2233,7 @@ class ArgumentTest(OwnDaemonTestCase):
              options.max_clients, options.guest, options.allow, options.pidfile),
             ("can0", bytes(16), 1000, None, 8598, 50, 15, [], ""))
         self.assertFalse(options.ns_timestamps or options.answer_probes or options.stay
-                         or options.debug or options.users or options.lone_user)
+                         or options.debug or options.users)
 
     def test_status_and_output_of_the_process(self) -> None:
         for option, stdout in (("--help", "usage: uvscpd.py .*"),
@@ -2297,9 +2266,56 @@ class ArgumentTest(OwnDaemonTestCase):
             > ggid | 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10 | +OK
         """, self.connect(daemon))
 
+    def assert_machine_guid(self, kind: str, addresses: set[bytes]) -> None:
+        """One of these addresses, or, where there is none, a bad argument."""
+        first = b"\xFF" * 7 + {"mac": b"\xFE", "ip": b"\xFD"}[kind]
+        if addresses:
+            self.assertIn(uvscpd.guid_argument(kind), {first + address for address in addresses})
+        else:
+            self.assert_bad_argument(f"--guid={kind}", "--guid")
+
+    def test_GUID_of_this_machine(self) -> None:
+        macs = set()
+        for name in os.listdir("/sys/class/net"):
+            with open(f"/sys/class/net/{name}/type", encoding="ascii") as kind, \
+                    open(f"/sys/class/net/{name}/address", encoding="ascii") as address:
+                if kind.read() == "1\n":                    # Ethernet
+                    macs.add(bytes.fromhex(address.read().replace(":", ""))[:4])
+        with open("/proc/net/fib_trie", encoding="ascii") as file:
+            ips = set(re.findall(r"\|-- (?!127)(\S+)\n +/32 host LOCAL", file.read()))
+        self.assert_machine_guid("mac", macs)
+        self.assert_machine_guid("ip", {socket.inet_aton(ip) for ip in ips})
+
+    def test_GUID_of_other_machines(self) -> None:
+        # struct ifreq: name, then a sockaddr: family and 6 bytes; family, port and 4 bytes.
+        ethernet = bytes(16) + struct.pack("=H", 1) + b"\2\3\4\5\6\7" + bytes(16)
+        internet = bytes(16) + struct.pack("=H", 2) + b"\0\0\xC0\0\2\1" + bytes(16)
+        mac, ip = {b"\2\3\4\5"}, {b"\xC0\0\2\1"}
+        rows: tuple[tuple[str, list[str], Any, set[bytes]], ...] = (
+            ("mac", ["eth0"], [ethernet], mac),
+            ("ip", ["eth0"], [internet], ip),
+            ("ip", ["eth0", "eth1"], [OSError(), internet], ip),
+            ("mac", ["ppp0", "eth0"], [bytes(40), ethernet], mac),
+            ("mac", ["ppp0"], [bytes(40)], set()),
+            ("ip", ["eth0"], [OSError()], set()),
+            ("mac", [], [], set()), ("ip", [], [], set()))      # only the loopback
+        for kind, interfaces, answers, wanted in rows:
+            with self.subTest(kind, interfaces=interfaces), \
+                    mock.patch("uvscpd.network_interfaces", return_value=interfaces), \
+                    mock.patch("fcntl.ioctl", side_effect=answers):
+                self.assert_machine_guid(kind, wanted)
+
+    def test_interfaces_of_this_machine_and_another(self) -> None:
+        self.assertEqual({*uvscpd.network_interfaces(), "lo"},
+                         {name for _, name in socket.if_nameindex()} | {"lo"})
+        route = "Iface\tDestination\tGateway\neth1\t0000A8C0\t00000000\nwlan0\t00000000\t0100A8C0\n"
+        dev = "Inter-|   Receive\n face |bytes\n    lo:  0 0\n  eth1: 1 2\n wlan0: 3 4\n"
+        with mock.patch("builtins.open", side_effect=[io.StringIO(route), io.StringIO(dev)]):
+            self.assertEqual(uvscpd.network_interfaces(), ["wlan0", "eth1", "wlan0"])
+
 
 # =============================================================================
-# 11. Start and end
+# 12. Start and end
 # =============================================================================
 # Exit status, messages, signals, detaching.
 
@@ -3861,7 +3877,7 @@ class TroubleTest(OwnDaemonTestCase):
             def now_and_then(send):
                 def send_or_not(*arguments):
                     if chance.random() < 0.3:
-                        raise uvscpd.BusFull("a full bus for the test", 0.001)
+                        raise uvscpd.Later(uvscpd.NEVER, "a full bus for the test", 0.001)
                     send(*arguments)
                 return send_or_not
             uvscpd.Bus.send = now_and_then(uvscpd.Bus.send)
@@ -3992,10 +4008,32 @@ class TroubleTest(OwnDaemonTestCase):
         for peer in peers:
             peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
 
+    def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
+        daemon = self.inside()
+        client, other_end = self.connected(daemon)
+        with mock.patch.object(daemon.bus, "send",
+                               side_effect=uvscpd.Later(uvscpd.NEVER, "no room")):
+            client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
+            client.turn()
+            client.sign_at = daemon.now
+            daemon.tick()
+            daemon.now += uvscpd.SEND_WAIT_S
+            daemon.tick()
+            daemon.tick()
+        self.assertTrue(other_end.recv(4096).endswith(
+            b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
+
+    def test_nothing_is_sent_for_own_events(self) -> None:
+        daemon = self.inside()
+        (client, _), (other, _) = self.connected(daemon), self.connected(daemon)
+        with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
+            daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
+        self.assertEqual((own.called, others.called), (False, True))
+
     def test_who_waits_for_the_bus_gives_up_together(self) -> None:
         daemon = self.inside()
         clients = [self.connected(daemon)[0] for _ in range(9)]
-        full = uvscpd.BusFull("full", uvscpd.NEVER)
+        full = uvscpd.Later(uvscpd.NEVER, "full")
         with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
             for client in clients:
                 client.lines.extend(["send 96,20,3,0,,0,-"])
@@ -4014,7 +4052,7 @@ class TroubleTest(OwnDaemonTestCase):
             daemon.now += 0.2
             daemon.tick()
         self.assertEqual([len(client.lines) for client in clients], [0] * 9)
-        self.assertFalse(daemon.waiting or any(client.gives_up for client in clients))
+        self.assertFalse(daemon.waiting)
 
     def test_too_few_descriptors_to_start(self) -> None:
         for most in range(4, 10):
