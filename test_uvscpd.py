@@ -3909,19 +3909,13 @@ class TroubleTest(OwnDaemonTestCase):
         waiting.expect("uvscpd.py ...", "...", "+OK - ...")
 
     def test_more_clients_than_the_soft_limit_of_descriptors(self) -> None:
-        def limit(soft: int, hard: int) -> Callable[[], None]:
-            return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-        daemon = self.start("--max-clients", "40", prepare=limit(32, 256))
+        daemon = self.start("--max-clients", "40", prepare=lambda: resource.setrlimit(
+            resource.RLIMIT_NOFILE, (32, 256)))
         peers = [self.connect(daemon) for _ in range(40)]
         with Peer(daemon.port) as peer:
             peer.expect("-OK - Max number of clients connected.", "(closed)")
         for peer in peers:
             say(peer, "noop")
-        result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--max-clients", "40",
-                     preexec_fn=limit(32, 32))
-        self.assertEqual((result.returncode, result.stdout), (2, ""))
-        self.assertRegex(result.stderr, r"\Auvscpd\.py: .*max-clients.*\n\Z")
 
     def test_senders_share_a_bus_that_is_full_now_and_then(self) -> None:
         daemon = self.start(program=changed_program("""
@@ -4076,17 +4070,17 @@ class TroubleTest(OwnDaemonTestCase):
             daemon.now += 0.2
             daemon.tick()
         self.assertEqual([len(client.lines) for client in clients], [0] * 9)
-        self.assertFalse(daemon.waiting or any(client.gives_up for client in clients))
+        self.assertFalse(daemon.waiting)
 
     def test_too_few_descriptors_to_start(self) -> None:
-        for most in range(4, 10):
+        for most, word in ((32, "--max-clients 40"), *((most, "") for most in range(4, 10))):
             result = run(*changed_program(f"""
                 import resource
                 resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}))
-            """), "-s", "-p", "0", "-c", ":virtual:", "--pidfile", "/no/pid")
+            """), "-s", "-p", "0", "-c", BUS, "--max-clients", "40", "--pidfile", "/no/pid")
             with self.subTest(most=most):
-                self.assertEqual(result.returncode, 2)
-                self.assertRegex(result.stderr, r"\Auvscpd\.py: [^\n]+\n\Z")
+                self.assertEqual((result.returncode, result.stdout), (2, ""))
+                self.assertRegex(result.stderr, rf"\Auvscpd\.py: .*{word}.*\n\Z")
 
     def test_pidfile(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
