@@ -4123,8 +4123,8 @@ class TroubleTest(OwnDaemonTestCase):
 # =============================================================================
 # Fuzz
 # =============================================================================
-# `python3 test_uvscpd.py fuzz [SECONDS [SEED]]`: hostile command lines. Each gets
-# one final line, in step, and what reaches another client is a well-formed event.
+# `test_uvscpd.py fuzz`: hostile command lines. Each gets one final line, in step,
+# and what reaches another client is a well-formed event.
 
 REPORT_S = 2.0                  # how often a long run shows how far it is
 HOSTILE = ["0", "1", "3", "5", "96", "255", "256", "511", "512", "532", "1023", "1024",
@@ -4232,8 +4232,8 @@ def run_fuzz(seconds: float, seed: int) -> None:
 # =============================================================================
 # Soak
 # =============================================================================
-# `python3 test_uvscpd.py soak [SECONDS [IFACE]]`: full load while clients come and
-# go and the interface goes down and up.
+# `test_uvscpd.py soak`: full load while clients come and go and the interface goes
+# down and up.
 
 class Soak:
     """A daemon under load, and what there is to watch."""
@@ -4327,10 +4327,10 @@ def run_soak(seconds: float, iface: str) -> None:
 # =============================================================================
 # Benchmark
 # =============================================================================
-# `python3 test_uvscpd.py bench [IFACE [SECONDS]]` measures the daemon beside a
-# floor: a relay that reads frames with the kernel's time of them until the bus is
-# empty, makes the lines from cached parts and writes once to each client. It is
-# woken for each frame and knows no commands. SECONDS is how long each load lasts (5).
+# `test_uvscpd.py bench` measures the daemon beside a floor: a relay that reads
+# frames with the kernel's time of them until the bus is empty, makes the lines from
+# cached parts and writes once to each client. It is woken for each frame and knows
+# no commands.
 #
 # On a usual machine compare the ratios. These figures repeat within 1 %, whatever
 # else the machine does, and are compared with what is wanted:
@@ -4492,7 +4492,8 @@ def start(*arguments: str) -> tuple[subprocess.Popen[str], int]:
     process = subprocess.Popen([*PYTHON, *arguments], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    line = next(line for line in process.stderr if re.search("listening on|ready", line))
+    line = next((line for line in process.stderr if re.search("listening on|ready", line)), "")
+    assert line, f"Python with {arguments} does not start"
     return process, int((re.findall(r"port (\d+)", line) or [0])[0])
 
 
@@ -4670,24 +4671,26 @@ def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
     return figures
 
 
-def measure_commands(interface: str, amount: int) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures of commands and of the start, and their floors, by the rows' names."""
-    daemon, floor = {}, {}
+def measure_commands(interface: str, amount: int, daemon: dict[str, float],
+                     floor: dict[str, float]) -> None:
+    """Add the figures of commands and of the start, and their floors, by the rows' names."""
     relay = Relay("daemon", interface)
     send = b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n"
-    for row, pipelined in zip(FIGURES[-4:], (False, True)):
+    for (what, _, _), pipelined in zip(FIGURES[-4:], (False, True)):
+        progress(what)
         # In turns, so that both get the machine's good and bad moments.
         sends, noops = zip(*((relay.commands_a_second(send, amount, pipelined),
                               relay.commands_a_second(b"noop\n", amount, pipelined))
                              for _ in range(3)))
-        daemon[row[0]], floor[row[0]] = max(sends), max(noops)
+        daemon[what], floor[what] = max(sends), max(noops)
     relay.close()
+    what = FIGURES[-2][0]
+    progress(what)
     with open(uvscpd.__file__, encoding="utf-8") as file:
         imports = re.findall(r"^(?:import|from) [^(\n]+(?:\([^)]*\))?", file.read(), re.M)
     starts, floors = zip(*((run_cpu_s(uvscpd.__file__, "--version"),
                             run_cpu_s("-c", "\n".join(imports))) for _ in range(5)))
-    daemon[FIGURES[-2][0]], floor[FIGURES[-2][0]] = min(starts) * 1000, min(floors) * 1000
-    return daemon, floor
+    daemon[what], floor[what] = min(starts) * 1000, min(floors) * 1000
 
 
 def run_cpu_s(*arguments: str) -> float:
@@ -4707,9 +4710,7 @@ def run_benchmark(iface: str, seconds: float) -> None:
     os.environ["PYTHONHASHSEED"] = "0"      # or the order of sets differs from run to run
     floor = measure("floor", iface, seconds)
     daemon = measure("daemon", iface, seconds)
-    commands, beside = measure_commands(iface, int(100 * seconds))
-    daemon.update(commands)
-    floor.update(beside)
+    measure_commands(iface, int(100 * seconds), daemon, floor)
     stopwatch = os.environ.get("KERNEL_STOPWATCH") == "1"
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, "
           f"{iface or 'virtual bus'}; {1000 * seconds:.0f} frames at 1000/s, "
@@ -4736,7 +4737,7 @@ class RunParser(argparse.ArgumentParser):
 
 
 def number_of_seconds(text: str) -> float:
-    if not 0 < float(text) < 1e6:
+    if not 0.1 <= float(text) < 1e6:
         raise ValueError
     return float(text)
 
