@@ -3790,29 +3790,6 @@ class LogTest(OwnDaemonTestCase):
             self.assertRegex(sock.recv(1000).decode(), rf"\A<30>[A-Z][a-z]{{2}} [ 123]\d \d\d:\d\d:"
                              rf"\d\d uvscpd\[{pid}\]: uvscpd\.py .* listening on .* port {port}, ")
 
-    def test_full_disk(self) -> None:
-        with tempfile.NamedTemporaryFile("a+", encoding="ascii") as file, reserved_port() as port:
-            def log() -> str:
-                file.seek(0)
-                return file.read()
-
-            process = subprocess.Popen(
-                [sys.executable, PROGRAM, "-s", "-c", BUS, "-i", "127.0.0.1", "-p", str(port)],
-                stdin=subprocess.DEVNULL, stderr=file, env=ENVIRONMENT)
-            self.addCleanup(process.wait)
-            self.addCleanup(process.kill)
-            until(lambda: "listening" in log(), log)
-            names = []
-            unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-            for limit in (unlimited, (1, unlimited[1]), unlimited):
-                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
-                with Peer(port) as peer:
-                    names.append("{}:{}: connected".format(*peer.sock.getsockname()))
-                    peer.expect("...", "...", "+OK - ...")
-            process.terminate()
-            self.assertEqual(process.wait(TIMEOUT), 0)
-            self.assertEqual([name in log() for name in names], [True, False, True], log())
-
 
 @needs_time
 class PatienceTest(OwnDaemonTestCase):
