@@ -3707,15 +3707,6 @@ class AbuseTest(DaemonTestCase):
         deaf.sock.sendall(stream[sent:stream.index(b"\n", sent) + 1] + b"quit\n")
         self.assertEqual(deaf.file.read(), reply + b"+OK - bye\r\n")
 
-    def test_endless_line(self) -> None:
-        peer, other = self.connect(), self.connect()
-        before = memory(self.daemon)
-        for _ in range(4):
-            peer.sock.sendall(b"x" * MEGABYTE)
-            say(other, "noop")
-        say(peer, " | -OK - line length exceeded", "noop")
-        self.assertLess(memory(self.daemon) - before, MEGABYTE)
-
     def test_connections_dropped_in_every_manner(self) -> None:
         other = self.connect()
         used = descriptors(self.daemon)
@@ -3994,16 +3985,6 @@ class TroubleTest(OwnDaemonTestCase):
                 for key, mask in daemon.selector.select(0):
                     key.data(mask)
         self.assertEqual(client.stream_at, uvscpd.NEVER)
-
-    def test_many_connections_that_linger_cost_no_reply(self) -> None:
-        daemon = self.start("--max-clients", "1")
-        peer = self.connect(daemon)
-        for _ in range(uvscpd.MOST_LEAVING + 1):
-            refused = Peer(daemon.port)
-            self.addCleanup(refused.__exit__)
-            refused.expect("-OK - Max number of clients connected.")
-        peer.send("vers", "quit")
-        peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
 
     def test_who_lingers_longest_goes_when_too_many_do(self) -> None:
         daemon = self.inside("--max-clients", "200")
