@@ -990,7 +990,7 @@ class MeaningTest(unittest.TestCase):
 # =============================================================================
 # From bytes to command lines.
 
-class LineSplitterTest(unittest.TestCase):
+class SplitTest(unittest.TestCase):
     TOO_LONG = "(line length exceeded)"
     LINES: tuple[tuple[bytes, list[str]], ...] = (
         (b"noop\r\nquit\n", ["noop", "quit"]),
@@ -1005,25 +1005,27 @@ class LineSplitterTest(unittest.TestCase):
          ["noop", TOO_LONG, TOO_LONG, ""]),
     )
 
-    @staticmethod
-    def feed(splitter: uvscpd.LineSplitter, data: bytes) -> list[str]:
-        return [line if isinstance(line, str) else f"({line})" for line in splitter.feed(data)]
+    rest = ""
+
+    def feed(self, data: bytes) -> list[str]:
+        lines, self.rest = uvscpd.split_lines(self.rest, data)
+        return [line if isinstance(line, str) else f"({line})" for line in lines]
 
     def test_lines_in_pieces_of_any_size(self) -> None:
         for data, lines in self.LINES:
             for size in (len(data), 1, 2, 3, 511, 512, 513, 514):
                 with self.subTest(data[:30], size=size):
-                    splitter = uvscpd.LineSplitter()
+                    self.rest = ""
                     pieces = [data[start:start + size] for start in range(0, len(data), size)]
                     self.assertEqual(
-                        [line for piece in pieces for line in self.feed(splitter, piece)], lines)
+                        [line for piece in pieces for line in self.feed(piece)], lines)
 
     def test_endless_line(self) -> None:
-        splitter = uvscpd.LineSplitter()
+        self.rest = ""
         for _ in range(100):
-            self.assertEqual(self.feed(splitter, b"x" * 16384), [])
-            self.assertLessEqual(len(splitter.rest), 513)
-        self.assertEqual(self.feed(splitter, b"\nnoop\n"), [self.TOO_LONG, "noop"])
+            self.assertEqual(self.feed(b"x" * 16384), [])
+            self.assertLessEqual(len(self.rest), 513)
+        self.assertEqual(self.feed(b"\nnoop\n"), [self.TOO_LONG, "noop"])
 
 
 class LineTest(DaemonTestCase):
@@ -1676,7 +1678,7 @@ class BusTest(unittest.TestCase):
         self.bus.send(can_id, data, SENDERS["A"])
 
     def test_virtual_bus_is_bounded(self) -> None:
-        with self.assertRaises(uvscpd.BusFull):
+        with self.assertRaises(uvscpd.Later):
             for number in range(uvscpd.MOST_UNDER_WAY):
                 self.send(number)
         self.assertGreater(len(self.bus.own), 100)
@@ -1695,6 +1697,14 @@ class BusTest(unittest.TestCase):
                         self.assertIs(self.bus.claim(int(step[0]), b""), SENDERS.get(step[2:]))
                     else:
                         self.bus.own.append((int(step[1]), b"", SENDERS[step[0]], 0))
+
+    def test_own_frame_sent_right_after_the_interface_went_and_came(self) -> None:
+        with mock.patch.object(self.bus, "out") as out:
+            self.send(1)
+            out.send.side_effect = [OSError(errno.ENETDOWN, ""), 16]
+            self.send(2)
+            self.assertEqual(self.bus.read(100), ([], True))
+        self.assertEqual([own[0] for own in self.bus.own], [2])
 
     def test_own_frames_id_and_data_count(self) -> None:
         self.bus.own.append((1, b"a", SENDERS["A"], 0))
@@ -2026,7 +2036,6 @@ class TurnTest(OwnDaemonTestCase):
             client = self.connected(daemon)[0] if with_client else None
             daemon.tick()
             self.assertAlmostEqual(daemon.tick_at - daemon.now, 0.5)
-            daemon.stop()
             daemon.wake_up_end.send(b"\0")
             daemon.on_signal(0)
             self.assertEqual(daemon.tick_at, daemon.now)
@@ -2475,7 +2484,7 @@ class ArgumentTest(OwnDaemonTestCase):
              options.max_clients, options.guest, options.allow, options.pidfile),
             ("can0", bytes(16), 1000, None, 8598, 50, 15, [], ""))
         self.assertFalse(options.ns_timestamps or options.answer_probes or options.stay
-                         or options.debug or options.users or options.lone_user)
+                         or options.debug or options.users)
 
     def test_status_and_output_of_the_process(self) -> None:
         for option, status, stdout, stderr in (
@@ -3891,7 +3900,7 @@ class TroubleTest(OwnDaemonTestCase):
             chance, send = random.Random(1), uvscpd.Bus.send
             def send_or_not(*arguments):
                 if chance.random() < 0.3:
-                    raise uvscpd.BusFull("a full bus for the test", 0.001)
+                    raise uvscpd.Later(uvscpd.NEVER, "a full bus for the test", 0.001)
                 send(*arguments)
             uvscpd.Bus.send = send_or_not
         """))
@@ -4006,10 +4015,32 @@ class TroubleTest(OwnDaemonTestCase):
         for peer in peers:
             peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
 
+    def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
+        daemon = self.inside()
+        client, other_end = self.connected(daemon)
+        with mock.patch.object(daemon.bus, "send",
+                               side_effect=uvscpd.Later(uvscpd.NEVER, "no room")):
+            client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
+            client.turn()
+            client.sign_at = daemon.now
+            daemon.tick()
+            daemon.now += uvscpd.SEND_WAIT_S
+            daemon.tick()
+            daemon.tick()
+        self.assertTrue(other_end.recv(4096).endswith(
+            b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
+
+    def test_nothing_is_sent_for_own_events(self) -> None:
+        daemon = self.inside()
+        (client, _), (other, _) = self.connected(daemon), self.connected(daemon)
+        with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
+            daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
+        self.assertEqual((own.called, others.called), (False, True))
+
     def test_who_waits_for_the_bus_gives_up_together(self) -> None:
         daemon = self.inside()
         clients = [self.connected(daemon)[0] for _ in range(9)]
-        full = uvscpd.BusFull("full", uvscpd.NEVER)
+        full = uvscpd.Later(uvscpd.NEVER, "full")
         with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
             for client in clients:
                 client.lines.extend(["send 96,20,3,0,,0,-"])

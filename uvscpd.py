@@ -10,6 +10,9 @@ file; the only thing it keeps is a bounded FIFO of events for each client.
                      ^               (filter, GUID)
     can0 <--frame-- Bus <--- do_send <--- run_command <--- Client.lines <-- TCP
 
+A frame that was sent comes back from the kernel once it has been on the bus. Only
+then do the other clients get it; `Bus.own` knows who sent it.
+
 A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
 
     $ nc localhost 8598
@@ -23,8 +26,8 @@ A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
 
 Read the file from top to bottom. Sections 2 to 5 are pure: text and bytes in,
 values out. The bus is section 6, a connection section 7, what a client can ask
-for section 8, and the loop that joins them section 9. Sections 10 and 11 are the
-command line, the start and the end.
+for section 8, and the loop that joins them section 9. Section 10 is what -d says
+about events, sections 11 and 12 are the command line, the start and the end.
 """
 
 # Only modules that OpenWrt's python3-light has. What is rarely needed and slow to
@@ -129,13 +132,15 @@ BUSY_FRAMES, BUSY_S = 8, 0.02   # that many frames in that time are load: frames
 GATHER_S = 0.005                # ... for so long, ...
 QUIET_S = 0.02                  # ... but not this soon after a SEND: somebody waits for an answer
 LINES_A_TURN = 32               # commands of one client before the others' turn
+LINES_A_WRITE = 200             # of buffered events; flush() makes segments of them
 READ_SIZE = 16384               # bytes
-SEND_WAIT_S = 1.0               # a SEND waits until the bus has taken nothing for so long
+SEND_WAIT_S = 1.0               # SENDs give up when the bus has taken no frame for so long
 SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
 MOST_UNDER_WAY = 1000           # own frames that have not come back
 MOST_OVERTAKEN = 64             # places by which a controller with several mailboxes mixes them
 MOST_PRIVILEGED = 15
-WRONG_LOGIN_S = 0.5             # so long a wrong log-in, and who tries again from there, waits
+WRONG_LOGIN_S = 0.5             # a wrong log-in is answered after this time; until then, other
+                                # log-ins from its address wait
 MOST_WRONG_LOGINS = 5           # then the connection is closed
 MOST_SUSPECTS = 1000            # addresses of wrong log-ins to remember
 LOG_IN_S = 30.0                 # for clients that may do nothing before
@@ -157,26 +162,16 @@ class VscpError(argparse.ArgumentTypeError):
     """
 
 
-TOO_MANY_WRONG = VscpError("too many wrong log-ins")     # the last line of a connection
-
-
 class Later(Exception):
-    """A command cannot be run yet: the same line is to be run again at the time `at`."""
+    """A command cannot be run yet; its line runs again at the time `at`.
 
-    def __init__(self, at: float) -> None:
-        super().__init__()
-        self.at = at
-
-
-class BusFull(Later):
-    """There is no room on the bus now: for whom waits for it, `text` says why.
-
-    `retry_s` says how soon to try again, NEVER when poll tells.
+    NEVER: once the bus has room. The text says why it has none; after `retry_s`
+    it is worth trying again, NEVER when poll reports room.
     """
 
-    def __init__(self, text: str, retry_s: float) -> None:
-        super().__init__(NEVER)
-        self.text = text
+    def __init__(self, at: float, text: str = "", retry_s: float = NEVER) -> None:
+        super().__init__(text)
+        self.at = at
         self.retry_s = retry_s
 
 
@@ -355,8 +350,8 @@ def parse_event_guid(text: str) -> bytes:
 #
 #     head,class,type,obid,datetime,timestamp,GUID,data0,data1,...
 #
-# so head = (can_id >> 21) & 0xF0. What is the same again and again, ids and bytes,
-# is looked up and not made anew: SEND and event lines take half the time.
+# so head = (can_id >> 21) & 0xF0. The texts of ids and bytes are kept in tables: that
+# halves the time that SEND and an event line take.
 
 if TYPE_CHECKING:
     # A frame that has been on the bus: the CAN id (29 bits, without flags), 0-8 bytes of
@@ -465,8 +460,8 @@ def format_events(frames: "Iterable[Frame]", guid: str, in_ns: bool = False) -> 
     add = lines.append
     text_of, last_id, last_second, last_sender = BYTE_TEXT, -1, -1, None
     for can_id, data, seconds, nanoseconds, sender in frames:
-        # On the way of every frame. By instructions, of 9,000: what the frame before had too
-        # is not made again (1,200 less), and a full frame needs no loop (1,700 less).
+        # This runs for every frame. Of about 9,000 instructions, keeping what the frame before
+        # had, too, saves 1,200, and a full frame without a loop 1,700.
         if can_id != last_id or seconds != last_second or sender is not last_sender:
             last_id, last_second, last_sender = can_id, seconds, sender
             head, nickname = id_text(can_id | in_ns << 29)
@@ -483,6 +478,13 @@ def format_events(frames: "Iterable[Frame]", guid: str, in_ns: bool = False) -> 
         else:
             add(f"{start}{timestamp}{end}{''.join([text_of[byte] for byte in data])}\r\n")
     return lines
+
+
+def event_block(lines: "list[str]") -> "tuple[bytes, int]":
+    """Event lines as one block of bytes, and how many bytes their frames have on CAN."""
+    block = "".join(lines).encode("ascii")
+    # A line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
+    return block, block.count(b",") - 2 * len(lines)
 
 
 # =============================================================================
@@ -560,16 +562,1640 @@ def pack_filters(wanted: "Iterable[tuple[int, int]]") -> bytes:
 
 
 # =============================================================================
-# 5. Names and values
+# 5. Addresses and users
+# =============================================================================
+# Who may connect, and who may log in.
+
+def plain_address(address: str) -> str:
+    """An address without its zone; an IPv4 address as such, though it comes by IPv6."""
+    address = address.partition("%")[0]
+    return address[7:] if address.startswith("::ffff:") and "." in address else address
+
+
+def network_of(host: str) -> bytes:
+    """What counts as one place: an IPv4 address, the first 64 bits of an IPv6 address."""
+    if ":" in host:
+        return socket.inet_pton(socket.AF_INET6, host)[:8]
+    return socket.inet_aton(host)
+
+
+def parse_pattern(text: str) -> "Callable[[str], bool]":
+    """A function: whether an address is in the network or like the pattern (`*`: anything).
+
+    >>> parse_pattern("192.168.1.*")("192.168.1.8"), parse_pattern("fe80::/10")("::1")
+    (True, False)
+    """
+    import fnmatch
+    import ipaddress
+    byte, word = r"(\*|25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})", r"(\*|[0-9a-f]{0,4})"
+    pattern = re.sub(r"\b0+(?=[0-9a-f])", "", text.lower())      # as addresses are written
+
+    def is_like(host: str) -> bool:
+        address = ipaddress.ip_address(host)
+        fields = address.exploded.split(":")
+        # IPv6 with `::` for zeros, and without.
+        return any(fnmatch.fnmatchcase(form, pattern) for form in
+                   (str(address), ":".join([field.lstrip("0") or "0" for field in fields])))
+
+    if "*" in text and re.fullmatch(rf"{byte}(\.{byte}){{0,3}}|{word}(:{word}){{0,7}}", pattern):
+        return is_like
+    try:
+        if "%" in text:
+            raise ValueError        # Python before 3.9 does not know zones
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise VscpError(
+            f"'{text}' is not an address, network or pattern") from None
+    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
+        # IPv4 addresses count as such, however they come.
+        network = ipaddress.ip_network(
+            f"{network.network_address.ipv4_mapped}/{network.prefixlen - 96}")
+    return lambda host: ipaddress.ip_address(host) in network
+
+
+def allowed(host: str, patterns: "list[Callable[[str], bool]]") -> bool:
+    """Whether an address is like one of the patterns; none of them: any address is."""
+    return not patterns or any(matches(host) for matches in patterns)
+
+
+# Who may log in: digest, the SHA-256 of NAME:PASSWORD; level, the privilege; hosts, patterns of
+# the addresses from which, none for any.
+User = namedtuple("User", "name digest level hosts")
+
+
+def password_digest(name: str, password: str) -> bytes:
+    """The SHA-256 of NAME:PASSWORD; a password `sha256:HEX` is that itself.
+
+    >>> password_digest("panel", "secret").hex()[:8]
+    'e554505b'
+    """
+    if password[:7].lower() == "sha256:":
+        if not re.fullmatch("[0-9a-fA-F]{64}", password[7:]):
+            raise VscpError("sha256: needs 64 hexadecimal digits")
+        return bytes.fromhex(password[7:])
+    return login_digest(name, password)
+
+
+def login_digest(name: str, password: str) -> bytes:
+    """The SHA-256 of NAME:PASSWORD as a client gives them, whatever the password looks like."""
+    from hashlib import sha256  # as late as this: few need it, and it takes long
+    return sha256(f"{name}:{password}".encode("ascii")).digest()
+
+
+def find_user(users: "dict[str, User]", name: str, password: str, host: str) -> "User | None":
+    """The user, if name, password and address are right; a wrong name takes as long."""
+    from hmac import compare_digest
+    user = users.get(name)
+    right = compare_digest(login_digest(name, password), user.digest if user else bytes(32))
+    return user if user and right and allowed(host, user.hosts) else None
+
+
+# =============================================================================
+# 6. Bus
+# =============================================================================
+# Sends and receives frames, and knows how the bus is doing. Knows nothing of clients
+# but who sent which frame. What the system reports (OSError) becomes advice here.
+
+WELL, WARNING, PASSIVE, BUS_OFF, AWAY = range(5)     # AWAY: no usable interface
+
+
+# How the bus is doing, as INFO answers it. status: WELL to AWAY. code: error classes of
+# linux/can/error.h; AWAY: an errno. subcode: state of the controller, data[1] of an error
+# frame. advice: what helps, a command to type where there is one.
+BusState = namedtuple("BusState", "status code subcode text advice")
+BUS_WELL = BusState(WELL, 0, 0, "OK", "")
+
+
+def trouble(state: BusState) -> str:
+    """What is wrong with the bus and what helps, for a person."""
+    return f"{state.text}, try: {state.advice}" if state.advice else str(state.text)
+
+
+# What error frames mean: error class, bits of data[1] of which one is set (0: any), status,
+# text. The first row that fits counts.
+ERRORS = (
+    (ERR_BUSOFF, 0, BUS_OFF, "bus off"),
+    (ERR_RESTARTED, 0, WELL, "OK"),
+    (ERR_CRTL, CRTL_PASSIVE, PASSIVE, "error passive"),
+    (ERR_CRTL, CRTL_WARNING, WARNING, "error warning"),
+    (ERR_CRTL, CRTL_ACTIVE, WELL, "OK"),
+    (ERR_ACK, 0, WARNING, "nobody acknowledges"),
+    (ERR_TX_TIMEOUT, 0, WARNING, "transmit timeout"),
+)
+
+
+def interface_exists(name: str) -> bool:
+    """Whether there is a network interface of this name."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
+
+
+class Bus:
+    """One CAN_RAW socket on a SocketCAN interface, for everybody, or `:virtual:`.
+
+    What the kernel does (net/can/raw.c): an interface that goes down gives
+    ENETDOWN once, and the same socket works again when it is up; one that is
+    removed gives ENODEV, and the socket is dead for good.
+
+    `:virtual:` is a bus inside the process, on which the clients talk to each
+    other: a pair of sockets that hands back what was sent. No hardware and no
+    kernel support is needed.
+    """
+
+    def __init__(self, name: str, watch: "Callable[[socket.socket, int], None]") -> None:
+        self.name = name
+        self.virtual = name == ":virtual:"
+        self.watch_socket = watch           # has the selector watch one for these events
+        self.sock: socket.socket | None = None      # to read from
+        self.out: socket.socket | None = None       # to send with; on CAN a second descriptor of
+                                                    # `sock`, as a selector watches one only once
+        self.filters: list[tuple[int, int]] = []    # value and mask, as in View
+        self.shared = False                 # somebody wants to get what another one sent
+        # Own frames come back, confirmed, in the order in which they were sent: CAN id, data,
+        # sender and number of those that have not. By the numbers those are found that too many
+        # others have overtaken. Empty as long as nobody wants them back.
+        self.own: deque[tuple[int, bytes, Client | Daemon, int]] = deque(maxlen=MOST_UNDER_WAY)
+        self.sent = 1                       # the number of the next one
+        self.own_wanted = False             # whether the kernel now gives back own frames
+        self.state = self.logged = self.worst = BUS_WELL   # now, as logged, the worst since
+        # The interface went, or the controller gave up: own frames with lower numbers than this
+        # that have not come back never will. read() forgets them once it has read everything
+        # that came before; then, and usually, it is 0.
+        self.lost_before = 0
+        self.bus_offs = self.warnings = 0   # since the daemon was started
+        self.overruns = 0                   # frames that the kernel or the controller dropped
+        self.errors = 0                     # error frames, counted with -d only
+        self.dropped = 0                    # the kernel's running total for this socket
+        self.unpack_time = TIMESTAMP[SO_TIMESTAMPNS_NEW].unpack
+        self.open()
+
+    # --- opening, and the interface's coming and going ---
+
+    def open(self) -> None:
+        """Make the sockets, or note why that is not possible."""
+        try:
+            if self.virtual:
+                self.sock, self.out = socket.socketpair()
+                # Room for 683 frames, less than MOST_UNDER_WAY: the kernel doubles this number
+                # and charges 768 bytes per frame.
+                self.out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+            else:
+                self.sock = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
+                self.set_options(self.sock)
+                self.sock.bind((self.name,))
+                self.out = self.sock.dup()  # so that reading and writing are watched apart
+        except (AttributeError, OSError) as error:      # or this Python knows no SocketCAN
+            self.close()
+            self.set_away(getattr(error, "errno", errno.EAFNOSUPPORT))
+            return
+        self.sock.setblocking(False)
+        self.out.setblocking(False)
+        self.own_wanted = self.virtual
+        self.dropped = 0
+        self.set_filters(self.filters, self.shared)
+        self.watch(True, False)
+        self.look_up()
+
+    def set_options(self, sock: socket.socket) -> None:
+        """Set what does not depend on the clients."""
+        sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
+        sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER, EFF_MASK if log.debugging else
+                        ERR_TX_TIMEOUT | ERR_CRTL | ERR_ACK | ERR_BUSOFF | ERR_RESTARTED)
+        # The smallest there is, a few frames: narrower than the transmit queue, so that poll
+        # can tell when there is room.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        # Of each pair, the first option that the kernel accepts. It works without either.
+        for options in (((SO_RCVBUFFORCE, RECEIVE_BUFFER), (socket.SO_RCVBUF, RECEIVE_BUFFER)),
+                        ((SO_TIMESTAMPNS_NEW, 1), (SO_TIMESTAMPNS_OLD, 1))):
+            for option, value in options:
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, option, value)
+                except OSError as error:
+                    log.debug(f"socket option {option} of {self.name}: {error.strerror}")
+                    continue
+                if option in TIMESTAMP:
+                    self.unpack_time = TIMESTAMP[option].unpack
+                break
+
+    def close(self) -> None:
+        """Close the socket; the selector forgets it first."""
+        self.watch(False, False)
+        for sock in (self.sock, self.out):
+            if sock is not None:
+                sock.close()
+        self.sock = self.out = None
+
+    def watch(self, reading: bool, writing: bool) -> None:
+        """Have the selector say when there is something to read, when there is room."""
+        if self.sock is not None and self.out is not None:
+            self.watch_socket(self.sock, READ * reading)
+            self.watch_socket(self.out, WRITE * writing)
+
+    def check(self) -> None:
+        """Look after the bus and log how it is doing; called once per tick.
+
+        A state that came and went since is logged, too, however often it did.
+        """
+        if self.sock is not None:
+            self.look_up()
+        elif interface_exists(self.name):       # else each try makes the kernel look for a module
+            self.open()
+        worst, self.worst = self.worst, self.state
+        if worst.text != self.logged.text:
+            if worst is BUS_WELL:
+                log.info(f"{self.name}: the bus is back, was: {self.logged.text}")
+            else:
+                where = "" if worst.status == AWAY else f"{self.name}: "
+                log.warning(where + trouble(worst))
+            self.logged = worst
+        self.want_own()
+
+    def look_up(self) -> None:
+        """Ask how the interface is doing: gone, down, without a carrier or well."""
+        if self.sock is None or self.virtual:
+            return
+        try:
+            if self.sock.getsockname()[0] != self.name:
+                raise OSError(errno.ENODEV, "")     # a new one of this name is not ours
+            request = struct.pack("16s24x", self.name.encode())     # struct ifreq
+            flags, = struct.unpack_from("=H", fcntl.ioctl(self.sock, SIOCGIFFLAGS, request), 16)
+        except OSError as error:
+            self.close()
+            self.own.clear()
+            self.set_away(error.errno)
+            return
+        if not flags & IFF_UP:
+            self.set_away(errno.ENETDOWN)
+        elif not self.has_carrier():
+            if self.state.status != BUS_OFF:
+                self.on_error_frame(ERR_BUSOFF, b"")
+        elif self.state.status == AWAY or (     # "bus off" ends once it has been logged
+                self.state.status == BUS_OFF and self.state.text == self.logged.text):
+            self.set_state(BUS_WELL)
+
+    def has_carrier(self) -> bool:
+        """Whether Linux gives frames to the controller; if not, it drops them in silence."""
+        try:
+            # The interface's flag IFF_RUNNING says the same, but up to a second later.
+            with open(f"/sys/class/net/{self.name}/carrier", encoding="ascii") as file:
+                return file.read() != "0\n"
+        except OSError as error:
+            return error.errno != errno.EINVAL      # it is down; else send says what is wrong
+
+    def set_away(self, code: "int | None") -> None:
+        """The interface cannot be used, for this errno: note it with the advice that helps."""
+        name, code = self.name, errno.ENODEV if code == errno.ENXIO else code or errno.EIO
+        up = f"ip link set {name} up" + " type can bitrate 125000" * (name[:3] == "can")
+        modprobe = "modprobe can_raw; on OpenWrt install kmod-can and kmod-can-raw"
+        text, advice = {
+            errno.ENETDOWN: (f"interface {name} is down", up),
+            errno.EAFNOSUPPORT: ("no CAN support (Address family not supported)", modprobe),
+            errno.EPROTONOSUPPORT: ("no raw CAN support (Protocol not supported)", modprobe),
+        }.get(code, (f"interface {name}: {os.strerror(code)}", ""))
+        if code == errno.ENODEV and interface_exists(name):
+            text = f"{name} is not a CAN interface"
+        elif code == errno.ENODEV and name[:4] == "vcan":
+            advice = f"ip link add dev {name} type vcan && {up}"
+        elif code == errno.ENODEV:
+            advice = "plug in the adapter, load its driver (ip link and dmesg show what is there)"
+        self.set_state(BusState(AWAY, code, 0, text, advice))
+
+    def set_state(self, state: BusState) -> None:
+        """Note how the bus is doing; check() logs it."""
+        if state != self.state:
+            self.state = state
+            if state.status >= self.worst.status:
+                self.worst = state
+            self.want_own()
+
+    # --- frames ---
+
+    def set_filters(self, filters: "list[tuple[int, int]]", shared: bool) -> None:
+        """Have the kernel let only frames through that match a pair of value and mask.
+
+        `shared` says whether anybody wants to get what somebody else sent here.
+        """
+        self.filters, self.shared = [(0, 0)] if log.debugging else filters, shared
+        if self.virtual or self.sock is None:
+            return
+        own = [each for each in self.own if self.passes(each[0])]
+        self.own.clear()
+        self.own.extend(own)
+        try:
+            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
+                                 FILTER.pack(0, 0) if log.debugging else pack_filters(filters))
+        except OSError:
+            self.lost_before = self.sent    # the interface went just now; open() sets them again
+        self.want_own()
+
+    def passes(self, can_id: int) -> bool:
+        """Whether the kernel's filter lets a frame through."""
+        return any(can_id & mask == value for value, mask in self.filters)
+
+    def want_own(self) -> None:
+        """Have the kernel give back own frames, or not: for a lone client they cost too much.
+
+        Measured: 10,000 pipelined SENDs take 2.0 s of CPU with them, 0.93 s without.
+        """
+        wanted = (self.shared or bool(self.own) or self.state is not BUS_WELL or log.debugging)
+        if self.sock is not None and not self.virtual and wanted != self.own_wanted:
+            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, wanted)
+            self.own_wanted = wanted
+
+    def send(self, can_id: int, data: bytes, sender: "Client | Daemon") -> None:
+        """Put a frame onto the bus.
+
+        Raises BusFull when there is no room at the moment, VscpError, with what
+        helps, when the bus cannot take it.
+        """
+        if self.out is None:
+            raise VscpError(trouble(self.state))
+        if self.state.status == BUS_OFF and not self.has_carrier():
+            raise Later(NEVER, trouble(self.state), TICK_S)
+        try:
+            self.out.send(pack_frame(can_id, data))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOBUFS):
+                raise Later(NEVER, f"{self.name} takes no more frames: nobody acknowledges, "
+                            "bus off, or too much traffic",
+                            NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
+            if not self.lost_before:    # the first that we hear of it; it may be back already
+                self.lost_before = self.sent
+                self.send(can_id, data, sender)
+                return
+            self.set_away(error.errno)
+            raise VscpError(trouble(self.state)) from None
+        if self.virtual or self.own_wanted and self.passes(can_id):
+            self.own.append((can_id, data, sender, self.sent))
+            self.sent += 1
+
+    def read(self, limit: int) -> "tuple[list[Frame], bool]":
+        """What has come, oldest first, and whether that was all.
+
+        Up to `limit` messages are read, error frames included. If the interface
+        went, that is noted once everything that came before has been read: the
+        kernel reports the error first.
+        """
+        frames: list[Frame] = []
+        if self.sock is None:
+            return frames, True
+        recvmsg, unpack_time, well = self.sock.recvmsg, self.unpack_time, self.state is BUS_WELL
+        empty = False
+        for _ in range(limit):
+            try:
+                raw, ancillary, flags, _address = recvmsg(FRAME_SIZE, ANCILLARY_SIZE)
+            except BlockingIOError:
+                empty = True
+                break
+            except OSError:
+                self.lost_before = self.sent
+                continue
+            can_id, length, data = unpack_frame(raw)
+            # The usual: an extended data frame of another node, on a bus that is well, with the
+            # kernel's time of it.
+            if can_id >> 29 == EXTENDED and well and ancillary and not flags & MSG_CONFIRM:
+                seconds, nanoseconds = unpack_time(ancillary[0][2])
+                # Cutting off nothing, too, takes 3 us of 120.
+                frames.append((can_id & EFF_MASK, data if length == 8 else data[:length],
+                               seconds, nanoseconds, None))
+            else:
+                frames += self.on_unusual(can_id, data[:length], ancillary, flags)
+                well = self.state is BUS_WELL
+        if self.lost_before:
+            if empty:
+                self.forget_own(self.lost_before)
+                self.lost_before = 0
+                self.look_up()
+            elif limit < FRAMES_IN_KERNEL:
+                rest, empty = self.read(FRAMES_IN_KERNEL)
+                frames += rest
+        return frames, empty
+
+    def on_unusual(self, can_id: int, data: bytes, ancillary: "list[tuple[int, int, bytes]]",
+                   flags: int) -> "list[Frame]":
+        """All that read() does not handle itself; returns the frame if clients get it."""
+        if ancillary:
+            seconds, nanoseconds = self.unpack_time(ancillary[0][2])
+        else:
+            seconds, nanoseconds = divmod(time.time_ns(), 1000000000)
+        if can_id & ERR_FLAG:
+            self.on_error_frame(can_id, data)
+        if can_id >> 29 != EXTENDED:
+            if log.debugging:
+                log.debug(self.foreign_row(can_id, data), seconds * 1000000 + nanoseconds // 1000)
+            return []
+        confirmed = self.virtual or bool(flags & MSG_CONFIRM)
+        # A frame went over the bus, so somebody is there.
+        over = ERR_ACK | (ERR_TX_TIMEOUT if confirmed else 0)
+        if self.state.status == WARNING and self.state.code & over:
+            self.set_state(BUS_WELL)
+        can_id &= EFF_MASK
+        sender = self.claim(can_id, data) if confirmed else None
+        if confirmed and sender is None:    # it was sent when there was nobody else to get it
+            return []
+        return [(can_id, data, seconds, nanoseconds, sender)]
+
+    def foreign_row(self, can_id: int, data: bytes) -> str:
+        """The line of -d about a frame that is not VSCP: error, standard or remote."""
+        if can_id & ERR_FLAG:
+            self.errors += 1
+            return f"{self.name:<9} ! error frame: {error_meaning(can_id & EFF_MASK, data)}"
+        kind = "remote" if can_id & RTR_FLAG else "standard"
+        number = f"{can_id & EFF_MASK:08X}" if can_id & EFF_FLAG else f"{can_id & 0x7FF:03X}"
+        text = hex_text(data) if kind == "standard" else ""
+        return f"{self.name:<9} - {number:<8}  {kind} frame, not VSCP {text}".rstrip()
+
+    def claim(self, can_id: int, data: bytes) -> "Client | Daemon | None":
+        """Who sent a frame that came back; None: nobody knows.
+
+        Of equal frames the newest is claimed. Some never come back (a full receive
+        buffer, a controller in one-shot mode), and so one of these is never mistaken
+        for a later one of another sender. What is far older than a frame that came
+        back is forgotten.
+        """
+        equal = [place for place, own in enumerate(self.own)
+                 if own[1] == data and own[0] == can_id]
+        if not equal:
+            return None
+        sender, oldest = self.own[equal[-1]][2], self.own[equal[0]][3]
+        del self.own[equal[-1]]
+        self.forget_own(oldest - MOST_OVERTAKEN)
+        return sender
+
+    def forget_own(self, before: int) -> None:
+        """Forget own frames with lower numbers than this: they will not come back."""
+        while self.own and self.own[0][3] < before:
+            self.own.popleft()
+
+    def on_error_frame(self, can_id: int, data: bytes) -> None:
+        """Note what an error frame (linux/can/error.h) says."""
+        controller = data[1] if len(data) > 1 else 0
+        if can_id & ERR_CRTL and controller & CRTL_RX_OVERFLOW:
+            self.overruns += 1
+        rows = [row for row in ERRORS if can_id & row[0] and (not row[1] or controller & row[1])]
+        if not rows:
+            return
+        status, text = rows[0][2:]
+        if status == WELL:
+            if self.has_carrier():
+                self.set_state(BUS_WELL)
+            return
+        if text != self.state.text:
+            self.bus_offs += status == BUS_OFF
+            self.warnings += status != BUS_OFF
+        advice = "wiring, bit rate, other nodes"
+        if status == BUS_OFF:
+            advice = f"ip link set {self.name} down && ip link set {self.name} up"
+            self.lost_before = self.sent    # the controller forgets what it had to send
+        self.set_state(BusState(status, can_id & EFF_MASK, controller, text, advice))
+
+    def count_drops(self) -> None:
+        """Ask the kernel how many frames its full buffer has dropped."""
+        if self.sock is None or self.virtual:
+            return
+        try:
+            numbers = self.sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
+        except OSError:
+            return          # Linux before 4.12 does not tell.
+        total = struct.unpack("=9I", numbers)[8] if len(numbers) == 36 else self.dropped
+        if self.filters:    # else these are error frames, as nothing else passes
+            self.overruns += total - self.dropped & 0xFFFFFFFF
+        self.dropped = total
+
+
+# =============================================================================
+# 7. Client
+# =============================================================================
+# A connection: who it is, what it sees, its events, and the bytes that come and
+# go. Never blocks: what the connection does not take now waits in `output`, and
+# as long as something waits there, no line is run. Its state follows from times:
+# it streams since `stream_at`, pauses until `resume_at`, leaves once `leave_by` is set.
+
+def split_lines(rest: str, data: bytes) -> "tuple[list[str | VscpError], str]":
+    """The command lines that end in `data`, and the new rest; `rest` is what came before.
+
+    CR, other control characters and bytes over 0x7E are dropped. A line of more
+    than MAX_LINE characters becomes an error, the rest holds no more than that.
+
+    >>> split_lines("no", b"op\\r\\nqu")
+    (['noop'], 'qu')
+    """
+    *lines, rest = (rest + data.translate(None, NOT_TEXT).decode("ascii")).split("\n")
+    # One character more than allowed is enough to remember that there were too many.
+    return [line if len(line) <= MAX_LINE else VscpError("line length exceeded")
+            for line in lines], rest[:MAX_LINE + 1]
+
+
+def hide_password(line: str) -> str:
+    """The line as it may be shown: nothing behind PASS, nor where it is typed by mistake."""
+    return re.sub(r"(?i)^(\s*(?:pass|help\s+pass|user\s+\S+\s|\+)).+", r"\1 ***", line)
+
+
+class Client:
+    """One TCP connection."""
+
+    def __init__(self, daemon: "Daemon", sock: socket.socket, host: str, port: int,
+                 channel_id: int) -> None:
+        self.daemon = daemon
+        self.sock = sock
+        self.host = host
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.name = self.address                # for messages, once logged in with the user
+        self.short_name = f":{port}"            # in event lines of -d, once logged in the user
+        self.channel_id = channel_id
+        self.guid = client_guid(daemon.options.guid, channel_id)
+        self.started = utc_text(int(time.time()))
+        self.filter = self.mask = FILTER_ALL
+        # That of the CAN interface, which event lines show; it has channel id 0.
+        self.interface_guid = client_guid(daemon.options.guid, 0)
+        self.view = make_view(self.filter, self.mask, self.interface_guid)
+        # What it may do
+        self.user: User | None = None           # logged in
+        self.level: int = daemon.options.guest  # 0-15, compared with the privilege of a command
+        self.given_name = ""                    # USER's, for the PASS that follows
+        self.failures = 0                       # how often that was wrong
+        # Its events: lines, and what STAT counts
+        self.fifo: deque[str] = deque(maxlen=daemon.options.buffer)
+        self.lost = 0
+        self.overruns_before = daemon.bus.overruns
+        self.rx_frames = self.rx_bytes = self.tx_frames = self.tx_bytes = 0
+        # Its bytes
+        self.rest = ""                          # of a line that has come in part
+        self.lines: deque[str | VscpError] = deque()    # commands to run, errors to answer
+        self.previous = ""                      # the line that `+` runs again
+        self.output = bytearray()               # what the connection has not taken yet
+        self.segment = max(536, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))
+        self.interest = 0                       # what the selector watches
+        self.ended = False                      # the peer sends no more
+        self.deaf = False                       # the peer takes no more
+        self.closed = False
+        # Its times
+        self.stream_at = NEVER                  # events are sent as they come, from then on
+        self.sign_at = NEVER                    # the next sign of life is due
+        self.resume_at = 0.0                    # no line runs before; NEVER: it waits for the bus
+        self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
+        self.log_in_by = NEVER                  # sent away if it may do nothing until then
+        self.complain_at = 0.0                  # no warning about lost events before
+        self.connected_at = NEVER               # not if it is refused
+        self.check_peer_at = daemon.now + PEER_CHECK_S  # is the peer still there?
+
+    # --- what the loop calls: on_ready (the socket), tick (the time), put (events) ---
+
+    def on_ready(self, mask: int) -> None:
+        """The connection has sent something, or has room for output, or lines are left to run."""
+        if mask & READ and not self.closed:
+            self.read()
+        self.turn()
+
+    def turn(self) -> None:
+        """Run some of the lines that have come, send what the connection takes.
+
+        Whatever goes wrong costs no other client anything.
+        """
+        if self.closed:
+            return
+        try:
+            if self.output:
+                self.flush()
+            if not self.output:                 # else the peer has to read its replies first
+                self.run_lines()
+                if self.output:
+                    self.flush()
+            # Events come last: on a bus that is faster than the peer there is always one more,
+            # and its commands would never run.
+            while self.fifo and not self.output and self.stream_at <= self.daemon.now:
+                some = min(LINES_A_WRITE, len(self.fifo))
+                self.write("".join([self.fifo.popleft() for _ in range(some)]))
+                self.flush()
+            if self.leave_by < NEVER and not self.output:
+                self.shut_down()
+            if not self.closed:
+                self.watch()
+        except OSError as error:
+            self.daemon.drop(self, error.strerror or str(error))
+        except Exception as error:
+            log.error(f"{self.name}: a bug in uvscpd.py, the client is dropped:\n"
+                      + traceback_text(error))
+            self.daemon.drop(self, "internal error")
+
+    def tick(self) -> None:
+        """Do what is due: a sign of life, a line that waited, the end."""
+        now = self.daemon.now
+        if self.sign_at <= now and not self.lines:  # or it would be taken for the reply due
+            self.sign_at = now + SIGN_OF_LIFE_S
+            if not self.output:
+                self.write(ok())
+        self.turn()     # sends, too: epoll reports room only when a third of the buffer is free
+        if self.log_in_by <= now and self.resume_at <= now and not self.closed:
+            self.write(refusal(f"nobody logged in within {LOG_IN_S:.0f} s"))
+            self.leave()
+            self.turn()
+        if self.leave_by <= now:
+            self.daemon.drop(self, "")
+        if self.check_peer_at <= now and not self.closed:
+            self.check_peer_at = now + PEER_CHECK_S
+            # A peer that is there acknowledges, if only a probe, however slowly it reads.
+            if struct.unpack_from("=I", self.tcp_info(), LAST_ACK_RECEIVED)[0] > PEER_GONE_S * 1000:
+                self.daemon.drop(self, "the peer is gone")
+        for when in (self.stream_at, self.sign_at, self.resume_at, self.log_in_by, self.leave_by):
+            if when > now and not self.closed:
+                self.daemon.soon(when)
+
+    def tcp_info(self) -> bytes:
+        """The first bytes of struct tcp_info (linux/tcp.h)."""
+        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
+
+    # --- reading and commands ---
+
+    def read(self) -> None:
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:             # it was reset, perhaps in the middle of a line
+            data, self.rest = b"", ""
+        self.ended = not data
+        if self.leave_by == NEVER:
+            # At the end of the input a last line counts without a line end.
+            lines, self.rest = split_lines(self.rest, data or b"\n" * bool(self.rest))
+            self.lines.extend(lines)
+
+    def run_lines(self) -> None:
+        """Run some of the lines that have come; the other clients have their turn, too."""
+        for _ in range(LINES_A_TURN):
+            if not self.lines or self.resume_at > self.daemon.now:
+                break
+            line = self.lines.popleft()
+            stream_at = self.stream_at
+            try:
+                reply = run_command(self, line) if isinstance(line, str) else self.answer(line)
+            except Later as later:
+                self.lines.appendleft(line)
+                self.pause(later.at)
+                if later.at == NEVER:
+                    self.daemon.wait_for_room(self, later)
+                break
+            if log.debugging:
+                self.log_exchange(line, reply)
+            if self.stream_at != stream_at:     # the receive loop's replies are writes of their own
+                self.flush()
+                self.write(reply)
+                self.flush()
+            else:
+                self.write(reply)
+        if self.ended and not self.lines:
+            self.leave()
+
+    def answer(self, error: VscpError) -> str:
+        """The reply to a line that is known to be wrong; the end after too many wrong log-ins."""
+        if self.failures < MOST_WRONG_LOGINS:
+            return refusal(error)
+        self.leave()
+        return refusal(error) + refusal("too many wrong log-ins")
+
+    def log_exchange(self, line: "str | VscpError", reply: str) -> None:
+        """Log a command and its reply."""
+        if isinstance(line, str):
+            log.debug(f"{self.name} > {hide_password(line)}")
+        for text in reply.splitlines():
+            log.debug(f"{self.name} < {text}")
+
+    def pause(self, until: float) -> None:
+        """Run no line until then."""
+        self.resume_at = until
+        self.daemon.soon(until)
+
+    # --- who it is ---
+
+    def log_in(self, user: "User | None") -> None:
+        """From now on it is this user, or again nobody."""
+        if log.debugging:           # what it has sent until now is shown by the name until now
+            self.daemon.drain()
+        if user or self.user:       # a name without a password changes nothing
+            self.log_in_by = NEVER if user or self.daemon.options.guest else (
+                self.daemon.now + LOG_IN_S)
+        self.user = user
+        name = user.name if user else ""
+        self.name = f"{self.address} ({name})" if name else self.address
+        self.short_name = name or ":" + self.address.rpartition(":")[2]
+        self.level = user.level if user else self.daemon.options.guest
+        if self.level < COMMANDS["rcvloop"].privilege:
+            self.stream_at = self.sign_at = NEVER
+
+    def has_ended(self) -> bool:
+        """Whether the peer sends no more, even if not all has been read."""
+        return self.tcp_info()[0] != TCP_ESTABLISHED
+
+    def on_wrong_log_in(self, error: VscpError) -> None:
+        """Answer late; whoever tries again from that address has to wait, too."""
+        log.warning(f"{self.address}: {error}")
+        self.log_in(None)
+        self.daemon.suspect(self)
+        self.failures += 1
+        self.lines.appendleft(error)
+        self.pause(self.daemon.now + WRONG_LOGIN_S)
+
+    # --- events and writing ---
+
+    def put(self, lines: "list[str]", block: bytes, size: int) -> None:
+        """Send event lines, also given as one block with its size on CAN, or buffer them."""
+        self.rx_frames += len(lines)
+        self.rx_bytes += size
+        if self.fifo or self.output or self.stream_at > self.daemon.now:
+            lost = len(self.fifo) + len(lines) - (self.fifo.maxlen or 0)
+            self.fifo.extend(lines)
+            if lost > 0:
+                self.on_lost(lost)
+            return
+        if len(block) <= self.segment:      # nearly always: without a copy
+            try:
+                sent = self.sock.send(block)
+                if sent == len(block):
+                    return
+                block = block[sent:]
+            except OSError:
+                pass                        # flush() finds out
+        if not self.deaf:
+            self.output += block
+            self.flush()
+            self.watch()
+
+    def on_lost(self, count: int) -> None:
+        """Its buffer has dropped so many events."""
+        self.lost += count
+        self.daemon.lost += count
+        if self.complain_at <= self.daemon.now:
+            self.complain_at = self.daemon.now + COMPLAIN_S
+            log.warning(f"{self.name}: loses events, it does not fetch them and its buffer of "
+                        f"{counted(len(self.fifo), 'event')} is full")
+
+    def write(self, text: str) -> None:
+        """Have text sent by the next flush."""
+        if not self.deaf:
+            self.output += text.encode("ascii")
+
+    def flush(self) -> None:
+        """Send what the connection takes of the output: whole lines, a segment per write."""
+        while self.output:
+            block, size = self.output, len(self.output)
+            if size > self.segment:
+                size = (block.rfind(b"\n", 0, self.segment) + 1
+                        or block.find(b"\n", self.segment) + 1)
+                block = block[:size]
+            try:
+                sent = self.sock.send(block)
+            except BlockingIOError:
+                break
+            except OSError:
+                # It is gone, or reads no more; the commands that it has sent are run all the same.
+                self.deaf = True
+                self.output.clear()
+                break
+            del self.output[:sent]
+            if self.leave_by < NEVER:
+                self.leave_by = self.leave_time()
+            if sent < size:
+                break
+
+    def watch(self) -> None:
+        """Have the selector watch for what this client can use now."""
+        interest = 0
+        if self.output or self.lines and self.resume_at <= self.daemon.now:
+            interest = WRITE
+        if not self.lines and not self.ended:
+            interest |= READ
+        if interest != self.interest:       # asking the selector would take 20 us of 900
+            try:
+                self.daemon.watch(self.sock, interest, self.on_ready)
+                self.interest = interest
+            except OSError as error:            # too much is watched already
+                self.daemon.drop(self, error.strerror or str(error))
+
+    # --- filters ---
+
+    def set_view(self) -> None:
+        """Make a changed GUID, filter or mask count from the next event on."""
+        self.daemon.drain()                 # what the kernel holds still counts by the old filter
+        self.view = make_view(self.filter, self.mask, self.interface_guid)
+        self.daemon.set_views()
+
+    # --- the end ---
+
+    def leave(self) -> None:
+        """Close once the last reply has arrived: closing at once could reset it away."""
+        if self.leave_by == NEVER:
+            self.leave_by = self.leave_time()
+            self.stream_at = self.sign_at = self.log_in_by = NEVER
+            self.lines.clear()
+            self.fifo.clear()
+            self.daemon.on_leaving(self)
+
+    def leave_time(self) -> float:
+        """Until when to wait for a peer that has been told to go."""
+        return self.daemon.now + (PEER_GONE_S if self.output else LINGER_S)
+
+    def shut_down(self) -> None:
+        """Tell the peer that nothing follows; read() takes in what it still sends."""
+        if self.ended or self.deaf:
+            self.daemon.drop(self, "")
+            return
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.deaf = True                # the connection is gone; read() notices the end
+
+
+# =============================================================================
+# 8. Commands
+# =============================================================================
+# All that is known about a command stands in one place: its row above its
+# function. A function takes the client and the command's arguments, and returns
+# the whole reply or raises VscpError. HELP lists the rows in this order.
+
+def ok(*lines: str, text: str = "") -> str:
+    """A good reply: data lines, then the final `+OK` line."""
+    final = f"+OK - {text}\r\n" if text else "+OK\r\n"
+    return "\r\n".join((*lines, final)) if lines else final
+
+
+def refusal(reason: object) -> str:
+    """A bad reply: the final `-OK` line."""
+    return f"-OK - {reason}\r\n"
+
+
+class Command:
+    """A row of the command table."""
+
+    def __init__(self, names: str, privilege: int, usage: str, summary: str,
+                 handler: "Any") -> None:
+        self.names = names.split()      # the command and its aliases
+        self.privilege = privilege      # 0-15, what a client must have
+        self.usage = usage              # its arguments, as HELP shows them
+        self.summary = summary
+        self.handler = handler
+        code = handler.__code__
+        self.most = code.co_argcount - 1                        # number of arguments
+        self.least = self.most - len(handler.__defaults__ or ())
+        if code.co_flags & 0x04:        # CO_VARARGS: *arguments
+            self.most = MAX_LINE
+
+    def help(self) -> str:
+        """One line: names, arguments and what the command does."""
+        name, *aliases = [name.upper() for name in self.names]
+        also = f" (also {', '.join(aliases)})" if aliases else ""
+        return f"{name} {self.usage}".rstrip() + f": {self.summary}{also}"
+
+
+COMMANDS: "dict[str, Command]" = {}       # by name and alias
+ONLY_FULL_DAEMON = "only the full VSCP daemon has this command, uvscpd does not"
+
+
+def command(names: str, privilege: int, usage: str, summary: str) -> "Callable[..., Any]":
+    """Put a function into the table; used as a decorator, its row."""
+    def add(handler: "Callable[..., str]") -> "Callable[..., str]":
+        row = Command(names, privilege, usage, summary, handler)
+        COMMANDS.update(dict.fromkeys(row.names, row))
+        return handler
+    return add
+
+
+def find_command(name: str) -> Command:
+    """The row of a command, given in any case; raises VscpError when there is none."""
+    try:
+        return COMMANDS[name.lower()]
+    except KeyError:
+        raise VscpError("invalid command") from None
+
+
+def run_command(client: Client, line: str) -> str:
+    """The whole reply to a command line, data lines and exactly one final line.
+
+    Raises Later alone.
+    """
+    try:
+        name, *arguments = line.split() or [""]
+        if not name:
+            raise VscpError("no input")
+        if name != "+":
+            client.previous = line
+        row = find_command(name)
+        if client.level < row.privilege:
+            raise VscpError("Need to log in to perform this command.")
+        if len(arguments) > row.most and "," in row.usage:      # people type spaces behind commas
+            arguments = re.sub(", +", ",", " ".join(arguments)).split()
+        if not row.least <= len(arguments) <= row.most:
+            raise VscpError("wrong number of arguments"
+                            + f", expected {row.usage}" * ("," in row.usage))
+        reply: str = row.handler(client, *arguments)
+        return reply
+    except VscpError as error:
+        return refusal(error)
+
+
+# --- privilege 0 ---
+
+@command("noop", 0, "", "nothing, is answered +OK")
+def do_noop(_client: Client) -> str:
+    return ok()
+
+
+@command("quit exit", 0, "", "end this connection")
+def do_quit(client: Client) -> str:
+    client.leave()
+    return ok(text="bye")
+
+
+@command("+", 0, "", "run the previous command again")
+def do_repeat(client: Client) -> str:
+    if not client.previous:
+        raise VscpError("no input")
+    return run_command(client, client.previous)
+
+
+@command("user", 0, "[NAME]", "user name, to log in")
+def do_user(client: Client, name: str = "") -> str:
+    options = client.daemon.options
+    if not options.users or "" in options.users:
+        return ok(text="no user configured")
+    if not name:
+        raise VscpError("please supply username")
+    client.log_in(None)
+    client.given_name = name
+    return check_login(client, name, "") if options.name_is_enough else ok()
+
+
+@command("pass", 0, "[PASSWORD]", "password, to log in")
+def do_pass(client: Client, password: str = "") -> str:
+    users = client.daemon.options.users
+    if not users or client.daemon.options.name_is_enough:
+        return ok(text="no password configured")
+    if not password:
+        raise VscpError("please supply password")
+    if not client.given_name and "" not in users:
+        raise VscpError("please give the user name first")
+    return check_login(client, "" if "" in users else client.given_name, password)
+
+
+def check_login(client: Client, name: str, password: str) -> str:
+    """Check name, password and address together; wrong ones are answered late.
+
+    Raises Later as long as a wrong log-in from the same address makes it wait.
+    """
+    options = client.daemon.options
+    wait_until = client.daemon.suspects.get(network_of(client.host), 0.0)
+    if wait_until > client.daemon.now:
+        if client.has_ended():          # or guesses that nobody waits for would hold up the others
+            raise VscpError("a wrong log-in came from this address just before, try again")
+        raise Later(wait_until)
+    user = find_user(options.users, name, password, client.host)
+    if user is None:
+        client.on_wrong_log_in(VscpError("invalid username or password"))
+        return ""
+    client.log_in(user)
+    log.info(f"{client.name}: logged in")
+    return ok()
+
+
+@command("help ?", 0, "[COMMAND]", "this list, or one line of it")
+def do_help(_client: Client, name: str = "") -> str:
+    rows = [find_command(name)] if name else dict.fromkeys(COMMANDS.values())
+    return ok(*(row.help() for row in rows))
+
+
+@command("vers version", 0, "", "version of the daemon")
+def do_vers(_client: Client) -> str:
+    return ok(__version__.replace(".", ",") + ",0")
+
+
+@command("wcyd whatcanyoudo", 0, "", "capabilities, 64 bits")
+def do_wcyd(client: Client) -> str:
+    return ok("-".join(f"{byte:02X}" for byte in client.daemon.capabilities.to_bytes(8, "big")))
+
+
+@command("interface client", 0, "[list]", "list the interfaces")
+def do_interface(client: Client, action: str = "list", *more: str) -> str:
+    if action.lower() in ("close", "unique", "normal"):
+        raise VscpError(ONLY_FULL_DAEMON)
+    if more:
+        raise VscpError("wrong number of arguments")
+    if action.lower() != "list":
+        raise VscpError("interface knows only LIST")
+    # Number, type, GUID, name. The types are the VSCP daemon's: 2 a Level I driver, 4 a client.
+    daemon = client.daemon
+    lines = [f"0,2,{format_guid(client.interface_guid)},{daemon.bus.name}|Started {daemon.started}"]
+    known = client.user or daemon.options.guest > 0     # else it learns no addresses
+    for each in sorted(daemon.clients, key=lambda each: each.channel_id):
+        if each.channel_id and (known or each is client):
+            lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
+                         f"{each.address}|Started {each.started}")
+    return ok(*lines)
+
+
+# --- privilege 1 ---
+
+@command("cdta chdata chkdata checkdata", 1, "", "number of buffered events")
+def do_cdta(client: Client) -> str:
+    client.daemon.drain()
+    return ok(f"{len(client.fifo)} ")
+
+
+@command("clra clrall clearall", 1, "", "forget the buffered events")
+def do_clra(client: Client) -> str:
+    client.daemon.drain()
+    client.fifo.clear()
+    return ok(text="All events cleared.")
+
+
+@command("stat", 1, "", "busoff,buswarnings,overruns,rxbytes,rxframes,txbytes,txframes")
+def do_stat(client: Client) -> str:
+    client.daemon.drain()
+    bus = client.daemon.bus
+    overruns = client.lost + bus.overruns - client.overruns_before
+    return ok(f"{bus.bus_offs},{bus.warnings},{overruns},{client.rx_bytes},{client.rx_frames},"
+              f"{client.tx_bytes},{client.tx_frames}")
+
+
+@command("info", 1, "", 'state of the bus: status,code,subcode,"text"')
+def do_info(client: Client) -> str:
+    client.daemon.drain()
+    state = client.daemon.bus.state
+    return ok(f'{state.status},{state.code},{state.subcode},"{state.text}"')
+
+
+@command("chid getchid", 1, "", "channel id of this client")
+def do_chid(client: Client) -> str:
+    return ok(str(client.channel_id))
+
+
+@command("ggid getguid", 1, "", "GUID of this client")
+def do_ggid(client: Client) -> str:
+    return ok(format_guid(client.guid))
+
+
+# --- privilege 2 ---
+
+@command("retr retrieve", 2, "[N]", "up to N buffered events, or one; all if N is negative")
+def do_retr(client: Client, count: str = "1") -> str:
+    everything = bool(re.fullmatch("-[0-9]+", count))
+    wanted = 0 if everything else parse_number(count, sys.maxsize, "the count")
+    if client.stream_at < NEVER:
+        return ok()
+    client.daemon.drain()
+    if everything:
+        wanted = len(client.fifo)
+    lines = [client.fifo.popleft() for _ in range(min(wanted, len(client.fifo)))]
+    final = ok() if len(lines) == wanted else refusal("No event(s) available")
+    return "".join(lines) + final
+
+
+@command("rcvloop receiveloop", 2, "", "get every event as it comes")
+def do_rcvloop(client: Client) -> str:
+    if client.stream_at == NEVER:
+        client.stream_at = client.daemon.now + RCVLOOP_PAUSE_S
+        client.sign_at = client.stream_at + SIGN_OF_LIFE_S
+        client.daemon.soon(client.stream_at)
+    return ok()
+
+
+@command("quitloop", 2, "", "end the receive loop")
+def do_quitloop(client: Client) -> str:
+    client.stream_at = client.sign_at = NEVER
+    return ok()
+
+
+# --- privilege 4 and 6 ---
+
+@command("send", 4, "head,class,type,obid,datetime,timestamp,GUID,data...", "send an event")
+def do_send(client: Client, text: str) -> str:
+    can_id, data = parse_event(text, client.guid, client.interface_guid)
+    client.daemon.send(client, can_id, data)
+    client.tx_frames += 1
+    client.tx_bytes += 4 + len(data)
+    return ok()
+
+
+@command("sgid setguid", 6, "GUID", "set the GUID of this client")
+def do_sgid(client: Client, text: str) -> str:
+    client.guid = parse_guid(text)
+    if not client.channel_id:           # without ids it is the interface's, too
+        client.interface_guid = client.guid
+    client.set_view()
+    return ok()
+
+
+@command("smsk setmask", 6, "priority,class,type,GUID",
+         "set the mask: the bits in which an event must be like the filter")
+def do_smsk(client: Client, text: str) -> str:
+    client.mask = parse_filter(text, "mask")
+    client.set_view()
+    return ok()
+
+
+@command("sflt setfilter", 6, "priority,class,type,GUID",
+         "set the filter: what an event must be like in the bits of the mask")
+def do_sflt(client: Client, text: str) -> str:
+    client.filter = parse_filter(text, "filter")
+    client.set_view()
+    return ok()
+
+
+# --- what only the full VSCP daemon has ---
+
+@command("restart shutdown", 15, "", "not in uvscpd")
+def do_restart(_client: Client, *_arguments: str) -> str:
+    raise VscpError("uvscpd is not capable of restart/shutdown")
+
+
+@command("challenge measurement driver file udp remote var variable dm table test binary",
+         0, "...", "only in the full VSCP daemon")
+def do_unsupported(_client: Client, *_arguments: str) -> str:
+    raise VscpError(ONLY_FULL_DAEMON)
+
+
+# =============================================================================
+# 9. Daemon
+# =============================================================================
+# The loop: waits for sockets and times, hands frames to the clients. Whatever has
+# a time is looked at by one tick, twice a second, or sooner when somebody asks;
+# only frames that gather and SENDs that wait have times of their own.
+
+def notify(text: str) -> bool:
+    """Tell systemd about us (sd_notify(3)), if it asked; returns whether it has got that."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return True
+    path = "\0" + address[1:] if address[0] == "@" else address
+    try:
+        notify_socket().sendto(text.encode(), path)
+    except OSError as error:
+        log.debug(f"{address}: {error.strerror}")
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def notify_socket() -> socket.socket:
+    """Made once: the watchdog is fed also when we are out of descriptors."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+
+def watchdog_period() -> float:
+    """How often systemd wants to hear from us, in seconds: twice as often as it must."""
+    period_us = os.environ.get("WATCHDOG_USEC", "")         # 64 bits
+    ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+    asked = ours and re.fullmatch("[1-9][0-9]{0,19}", period_us)
+    return int(period_us) / 2000000 if asked else NEVER
+
+
+class Daemon:
+    """Everything that runs: the bus, the listening socket, the clients.
+
+    How the bus is read: after a sleep, one frame; readable again at once, until it
+    is empty (on_bus). Under load, what has come every 5 ms (gather). For a command
+    that needs all there is, and twice a second, until it is empty (drain).
+    """
+
+    short_name, channel_id = "uvscpd", 0    # of what the daemon itself sends
+
+    def __init__(self, options: argparse.Namespace, listener: socket.socket) -> None:
+        self.options = options
+        self.started = utc_text(int(time.time()))
+        self.answers: deque[float] = deque(maxlen=MOST_ANSWERS)     # when probes were answered
+        self.capabilities = CAPABILITIES | CAPABILITY_IPV6 * (listener.family == socket.AF_INET6)
+        self.clients: dict[Client, None] = {}   # in the order in which they are served
+        self.leaving: set[Client] = set()       # told to go, not counted any more
+        self.views: dict[View, list[Client]] = {}
+        self.waiting: deque[Client] = deque()   # their SEND found no room; the first one is next
+        self.suspects: dict[bytes, float] = {}  # until when nobody may log in from there
+        self.last_id = 0
+        self.frames = self.lost = 0             # handed out, lost by clients
+        self.status = ("", "")                  # what systemd was told: the state, the numbers
+        # For the summary of -d
+        self.by_class: dict[int, int] = {}
+        self.second = self.in_second = self.most_in_second = 0
+        # Times; a clock is slow to read, so a turn reads it once
+        self.now = time.monotonic()             # when this turn began
+        self.bus_read_at = 0.0                  # when the bus had been read
+        self.began = self.now
+        self.status_at = NEVER                  # systemd gets new numbers
+        self.tick_at = self.now
+        self.gather_at = NEVER                  # under load: the bus is not watched until then
+        self.retry_at = NEVER                   # for the head of those that wait
+        self.full_text = ""                     # why it waits
+        self.give_up_at = NEVER                 # if the bus takes nothing until then
+        self.no_gathering_until = 0.0           # somebody waits for the answer to a SEND
+        self.busy_until = 0.0                   # the end of a time ...
+        self.busy_frames = 0                    # ... in which so many frames came
+        self.watchdog_s = watchdog_period()
+        self.feed_at = self.now if self.watchdog_s < NEVER else NEVER
+        self.stop_by = NEVER                    # the end
+        # Sockets
+        self.selector = selectors.DefaultSelector()
+        self.listener = listener
+        self.watch(listener, READ, self.on_connection)
+        self.wake_up, self.wake_up_end = socket.socketpair()
+        self.wake_up.setblocking(False)
+        self.wake_up_end.setblocking(False)
+        self.watch(self.wake_up, READ, self.on_signal)
+        self.bus = Bus(options.canbus, lambda sock, events: self.watch(sock, events, self.on_bus))
+        self.set_views()
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serve until a signal says stop."""
+        while self.now < self.stop_by:
+            wake_at = min(self.tick_at, self.gather_at, self.retry_at)
+            ready = self.selector.select(max(0.0, wake_at - self.now))
+            self.now = time.monotonic()
+            for key, mask in ready:
+                key.data(mask)
+            if self.gather_at <= self.now:
+                self.gather()
+            if self.retry_at <= self.now:
+                self.send_waiting()
+            if self.tick_at <= self.now:
+                self.tick()
+
+    def soon(self, when: float) -> None:
+        """Have a tick at this time at the latest."""
+        self.tick_at = min(self.tick_at, when)
+
+    def tick(self) -> None:
+        """Look at all that has a time: the bus, the clients, those that wait, systemd."""
+        self.tick_at = self.now + min(TICK_S, self.watchdog_s)
+        self.drain()
+        self.bus.check()
+        self.watch_bus()
+        for client in [*self.clients, *self.leaving]:
+            client.tick()
+        if self.give_up_at <= self.now:
+            self.give_up_waiting()
+        self.soon(self.give_up_at)
+        if self.stop_by == NEVER:           # again, if there were no descriptors
+            self.watch(self.listener, READ, self.on_connection)
+        if self.feed_at <= self.now and notify("WATCHDOG=1"):
+            self.feed_at = self.now + self.watchdog_s
+        self.report_to_systemd()
+        if self.stop_by < NEVER and not (self.clients or self.leaving):
+            self.stop_by = self.now
+
+    def report_to_systemd(self) -> None:
+        """Send systemd the state when it changes, and new numbers every 10 s."""
+        state = f"{self.bus.name}: {self.bus.state.text}, {counted(len(self.clients), 'client')}"
+        numbers = f"{counted(self.frames, 'frame')}, {self.lost + self.bus.overruns} lost"
+        due = state != self.status[0] or numbers != self.status[1] and self.status_at <= self.now
+        if due and notify(f"READY=1\nSTATUS={state}, {numbers}"):
+            self.status, self.status_at = (state, numbers), self.now + STATUS_S
+
+    def close(self) -> None:
+        """End every connection."""
+        notify("STOPPING=1")
+        signal.set_wakeup_fd(-1)
+        for client in [*self.clients, *self.leaving]:
+            self.drop(client, "")
+        self.bus.close()
+        self.listener.close()
+        for thing in (self.selector, self.wake_up, self.wake_up_end):
+            thing.close()
+
+    def on_signal(self, _mask: int) -> None:
+        """Stop: tell every client, and end once all have gone or the time is up."""
+        self.wake_up.recv(READ_SIZE)
+        self.stop_by = min(self.stop_by, self.now + STOPPING_S)
+        self.watch(self.listener, 0, self.on_connection)
+        for client in list(self.clients):
+            client.write(refusal("uvscpd is stopping"))
+            client.leave()
+        self.soon(self.now)
+
+    def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
+        """Change what the selector watches a socket for; 0 is nothing."""
+        watched = self.selector.get_map().get(sock)
+        if watched and not events:
+            self.selector.unregister(sock)
+        elif watched and events != watched.events:
+            self.selector.modify(sock, events, action)
+        elif events and not watched:
+            self.selector.register(sock, events, action)
+
+    # --- from the bus to the clients ---
+
+    def on_bus(self, mask: int) -> None:
+        """There is something to read on the bus, or there is room again for those that wait."""
+        if mask & WRITE:
+            self.send_waiting()
+        if not mask & READ:
+            return
+        # A lone frame is read with one call: a second one, only to find the socket empty, costs
+        # as much again.
+        slept = self.now - self.bus_read_at > AT_ONCE_S
+        count, _ = self.pump(1 if slept else FRAMES_A_TURN)
+        self.bus_read_at = time.monotonic()
+        if self.busy_until < self.now:
+            self.busy_until, self.busy_frames = self.now + BUSY_S, 0
+        self.busy_frames += count
+        if self.busy_frames >= BUSY_FRAMES and self.no_gathering_until < self.now:
+            self.gather_at = self.now + GATHER_S
+            self.watch_bus()
+
+    def gather(self) -> None:
+        """Under load: take what has come by now, and again later, as long as that is much.
+
+        Waking up costs more than a frame: at 1,000 frames/s, gathering takes half
+        of the CPU time that waking up for each one takes.
+        """
+        count, empty = self.pump(FRAMES_A_TURN)
+        if count > 1 and self.no_gathering_until < self.now:
+            self.gather_at = time.monotonic() + GATHER_S if empty else self.now
+        else:
+            self.gather_at = NEVER
+            self.watch_bus()
+
+    def drain(self) -> None:
+        """Hand out all that the kernel holds, and count what it dropped."""
+        for _ in range(FRAMES_IN_KERNEL // FRAMES_A_TURN):
+            _, empty = self.pump(FRAMES_A_TURN)
+            if empty:
+                break
+        self.bus.count_drops()
+
+    def pump(self, limit: int) -> "tuple[int, bool]":
+        """Read up to so many messages and hand the frames out.
+
+        Returns the number of frames, and whether the socket is empty.
+        """
+        frames, empty = self.bus.read(limit)
+        if frames:
+            self.hand_out(frames)
+        return len(frames), empty
+
+    def hand_out(self, frames: "list[Frame]") -> None:
+        """Give frames to the clients that want them, but not to those that sent them."""
+        if self.options.answer_probes:
+            for can_id, data, *_ in frames:
+                if can_id & PROBE_MASK == PROBE:
+                    self.answer(can_id, data)
+        self.frames += len(frames)
+        if log.debugging:
+            self.show(frames)
+        senders = {frame[4] for frame in frames if frame[4]} if self.bus.own_wanted else ()
+        for (guid, value, mask), clients in self.views.items():
+            seen = frames
+            if mask or value:
+                seen = [frame for frame in frames if frame[0] & mask == value]
+            if not seen:
+                continue
+            lines = format_events(seen, guid, self.options.ns_timestamps)
+            block, size = event_block(lines)
+            for client in clients:
+                if senders and client in senders:
+                    others = [line for line, frame in zip(lines, seen) if frame[4] is not client]
+                    if others:
+                        client.put(others, *event_block(others))
+                else:
+                    client.put(lines, block, size)
+
+    def show(self, frames: "list[Frame]") -> None:
+        """The lines of -d about events, and what the summary counts."""
+        for can_id, data, seconds, nanoseconds, sender in frames:
+            source = sender.short_name if sender else self.bus.name
+            log.debug(event_row(source, can_id, data), seconds * 1000000 + nanoseconds // 1000)
+            vscp_class = can_id >> 16 & 0x1FF
+            self.by_class[vscp_class] = self.by_class.get(vscp_class, 0) + 1
+            self.in_second = self.in_second + 1 if seconds == self.second else 1
+            self.second = seconds
+            self.most_in_second = max(self.most_in_second, self.in_second)
+
+    def summary(self) -> "list[str]":
+        """What was on the bus, for -d when the daemon ends."""
+        elapsed_s = self.now - self.began
+        mean = self.frames / max(1.0, elapsed_s)
+        classes = sorted(self.by_class.items(), key=lambda item: -item[1])
+        return [f"{self.bus.name}: {counted(self.frames, 'frame')} in {duration_text(elapsed_s)}, "
+                f"{mean:.1f} per second, at most {self.most_in_second}; "
+                f"{counted(self.bus.errors, 'error frame')}",
+                *(f"{count:9} " + f"{look_up(number, 0)[0]} ({number})".lstrip()
+                  for number, count in classes)]
+
+    def answer(self, can_id: int, data: bytes) -> None:
+        """Tell a node that looks for a server where this one is.
+
+        High end server probe and response, class 0 types 27 and 28 (VSCP
+        specification, Level I protocol): the probe may give 0 for TCP/IP and the
+        node's IPv4 address; the response is 16 capability bits, our IPv4 address
+        as the node reaches it, and the port.
+        """
+        address = self.address_for(data)
+        if address is None or len(self.answers) == MOST_ANSWERS and self.now < self.answers[0] + 1:
+            return
+        self.answers.append(self.now)
+        answer = struct.pack(">H4sH", self.capabilities & 0xFFFF, socket.inet_aton(address),
+                             self.listener.getsockname()[1])
+        try:
+            self.bus.send(can_id & 0x1C000000 | PROBE_RESPONSE, answer, self)
+        except (Later, VscpError) as error:
+            log.debug(f"no answer to a probe: {error}")
+
+    def address_for(self, data: bytes) -> "str | None":
+        """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
+        if data and data[0] != 0:
+            return None         # it does not speak TCP/IP
+        bound = plain_address(self.listener.getsockname()[0])
+        if bound not in ("::", "0.0.0.0"):
+            return None if ":" in bound else bound
+        told = len(data) >= 5 and any(data[1:5])
+        return address_towards(socket.inet_ntoa(data[1:5]) if told else "192.0.2.1")
+
+    # --- from the clients to the bus ---
+
+    def send(self, client: Client, can_id: int, data: bytes) -> None:
+        """Send a client's frame; raises BusFull if there is no room, or others are first."""
+        self.no_gathering_until = self.now + QUIET_S
+        if self.gather_at < NEVER:
+            self.gather_at = self.now
+        if self.waiting and self.waiting[0] is not client:
+            raise Later(NEVER)
+        self.bus.send(can_id, data, client)
+        if self.waiting:
+            self.waiting.popleft()
+            self.give_up_at = self.now + SEND_WAIT_S
+
+    def wait_for_room(self, client: Client, full: Later) -> None:
+        """The client's next line is a SEND for which the bus has no room.
+
+        All that wait stand in one line. Its head stays the head until it has sent,
+        and they give up together: when the bus has taken nothing for a second.
+        """
+        if client not in self.waiting:
+            self.waiting.append(client)
+        if self.waiting[0] is client:
+            self.full_text = str(full)
+            self.retry_at = self.now + full.retry_s
+            if self.give_up_at == NEVER:
+                self.give_up_at = self.now + SEND_WAIT_S
+                self.soon(self.give_up_at)
+        self.watch_bus()
+
+    def send_waiting(self) -> None:
+        """Let those that wait try again, one SEND each, until one finds no room."""
+        self.retry_at = NEVER
+        for head in list(self.waiting):
+            head.resume_at = 0.0
+            head.turn()
+            if self.waiting and self.waiting[0] is head:
+                if head.resume_at == NEVER:
+                    break                       # no room
+                self.waiting.popleft()          # it cannot run a line, as its peer reads nothing
+        self.watch_bus()
+
+    def give_up_waiting(self) -> None:
+        """Refuse the SENDs that wait."""
+        waiting, self.waiting = self.waiting, deque()
+        self.watch_bus()
+        for client in waiting:
+            log.debug(f"{client.name} > {client.lines[0]}")
+            client.lines[0] = VscpError(self.full_text)
+            client.resume_at = 0.0
+            client.turn()
+
+    def watch_bus(self) -> None:
+        """Have the selector watch the bus for frames, unless they gather, and for room."""
+        if not self.waiting:
+            self.give_up_at = self.retry_at = NEVER
+        self.bus.watch(self.gather_at == NEVER, bool(self.waiting) and self.retry_at == NEVER)
+
+    # --- clients ---
+
+    def on_connection(self, _mask: int) -> None:
+        try:
+            sock, address = self.listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Out of descriptors or memory: the next tick tries again. Else its peer has gone.
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.warning(f"cannot accept a connection: {error.strerror}")
+                self.watch(self.listener, 0, self.on_connection)
+            return
+        host = plain_address(address[0])
+        try:
+            sock.setblocking(False)
+            self.drain()            # what came before is not for this client
+            client = Client(self, sock, host, address[1], self.next_channel_id())
+        except OSError as error:
+            log.debug(f"{host}: {error.strerror}")
+            sock.close()
+            return
+        if not allowed(host, self.options.allow):
+            self.send_away(client, "Invalid or unknown peer.")
+        elif len(self.clients) >= self.options.max_clients:
+            self.send_away(client, "Max number of clients connected.")
+        else:
+            self.greet(client)
+        client.turn()
+
+    def send_away(self, client: Client, reason: str) -> None:
+        """Tell the client why it may not connect, and close."""
+        log.warning(f"{client.name}: refused: {reason}")
+        client.write(refusal(reason))
+        client.leave()
+
+    def greet(self, client: Client) -> None:
+        """Say who we are, and let the client in."""
+        log.info(f"{client.name}: connected")
+        client.connected_at = self.now
+        if not self.options.guest:
+            client.log_in_by = self.now + LOG_IN_S
+        self.clients[client] = None
+        self.set_views()
+        state = self.bus.state
+        client.write(f"uvscpd.py {__version__} - micro VSCP daemon\r\n"
+                     "VSCP events between TCP clients and a CAN bus; HELP lists the commands.\r\n"
+                     + (ok(text=f"waiting for {self.bus.name}: {os.strerror(state.code)}")
+                        if state.status == AWAY
+                        else ok(text=f"Success, connected to {self.bus.name}")))
+
+    def set_views(self) -> None:
+        """Group the clients by view, and have the kernel pass only what one of them wants."""
+        self.views = {}
+        for client in self.clients:
+            self.views.setdefault(client.view, []).append(client)
+        wanted = [(value, mask) for _, value, mask in self.views]
+        if self.options.answer_probes:
+            wanted.append((PROBE, PROBE_MASK))
+        self.bus.set_filters(wanted, len(self.clients) > 1 or self.options.answer_probes)
+
+    def on_leaving(self, client: Client) -> None:
+        """The client's slot is free, though its connection is not closed yet."""
+        self.remove(client)
+        if len(self.leaving) >= MOST_LEAVING:
+            # One that has received everything, else the one that lingers longest.
+            self.drop(min(self.leaving, key=lambda each: (bool(each.output), each.leave_by)),
+                      "too many are leaving")
+        self.leaving.add(client)
+
+    def drop(self, client: Client, reason: str) -> None:
+        """Close a connection."""
+        if client.closed:
+            return
+        client.closed = True
+        self.watch(client.sock, 0, client.on_ready)
+        client.sock.close()
+        client.fifo.clear()         # a frame under way may keep the client for long
+        client.lines.clear()
+        client.output.clear()
+        self.remove(client)
+        self.leaving.discard(client)
+        if self.stop_by < NEVER:
+            self.soon(self.now)
+        if client.connected_at < NEVER:
+            log.info(f"{client.name}: disconnected after "
+                     f"{duration_text(self.now - client.connected_at)}: "
+                     f"{counted(client.rx_frames, 'event')}, {client.lost} lost, "
+                     f"{client.tx_frames} sent" + (f"; {reason}" if reason else ""))
+
+    def remove(self, client: Client) -> None:
+        """No events any more for this client, and no place among those that wait."""
+        if client in self.waiting:
+            self.waiting.remove(client)
+            self.watch_bus()
+        if client in self.clients:
+            del self.clients[client]
+            self.set_views()
+
+    def suspect(self, client: Client) -> None:
+        """For half a second nobody can log in from this client's address, on any connection."""
+        self.suspects = {each: until for each, until in self.suspects.items() if until > self.now}
+        if len(self.suspects) < MOST_SUSPECTS:
+            self.suspects[network_of(client.host)] = self.now + WRONG_LOGIN_S
+        del self.clients[client]            # to the end: others from there have their try first
+        self.clients[client] = None
+
+    def next_channel_id(self) -> int:
+        """A channel id that no client has, as long unused as possible; 0 without ids."""
+        if len(self.options.guid) == 16:
+            return 0
+        taken = {client.channel_id for client in self.clients}
+        self.last_id = self.last_id % 0xFFFF + 1
+        while self.last_id in taken:
+            self.last_id = self.last_id % 0xFFFF + 1
+        return self.last_id
+
+
+# =============================================================================
+# 10. What -d shows
 # =============================================================================
 # What an event says, for people who watch the bus with -d: from a frame to one line
 # of printable ASCII. The protocol needs none of it, so the tables stay text until
 # one is first looked at.
 
-# Names are numbered from 0, or from the number before them. Behind a `=`:
-# - in MEASUREMENT, the units 0, 1 ... of the type, where they are sure;
-# - elsewhere, what data byte 0 is when bytes 1 and 2 are zone and sub-zone; `-` when they are not.
-#   What a class has there holds for its types that have nothing.
+# The names of each list are numbered from 0; a number sets that of the name behind it.
+# `TEMPERATURE=K,C,F`: the units 0, 1 and 2, where they are sure. `ALARM=alarm`: data byte 0 is
+# the alarm, byte 1 the zone, byte 2 the sub-zone. `GENERAL=-`: the data has no zones. A type
+# without `=` has what its class has.
 # Sources: vscp-class.h and vscp-type.h of the VSCP project; VSCP specification, page of each class.
 EVENT_NAMES = """
 CLASS: PROTOCOL ALARM=state SECURITY=data 10 MEASUREMENT MEASUREMENTX1 MEASUREMENTX2 MEASUREMENTX3
@@ -870,1587 +2496,10 @@ def event_row(source: str, can_id: int, data: bytes) -> str:
 
 
 # =============================================================================
-# 6. Bus
-# =============================================================================
-# Takes and gives frames, and knows how the bus is doing. Knows nothing of
-# clients, but for remembering who sent which frame. OSError ends here.
-
-WELL, WARNING, PASSIVE, BUS_OFF, AWAY = range(5)     # AWAY: no usable interface
-
-
-# How the bus is doing, as INFO answers it. status: WELL to AWAY. code: error classes of
-# linux/can/error.h; AWAY: an errno. subcode: state of the controller, data[1] of an error
-# frame. advice: what helps, a command to type where there is one.
-BusState = namedtuple("BusState", "status code subcode text advice")
-BUS_WELL = BusState(WELL, 0, 0, "OK", "")
-
-
-def trouble(state: BusState) -> str:
-    """What is wrong with the bus and what helps, for a person."""
-    return f"{state.text}, try: {state.advice}" if state.advice else str(state.text)
-
-
-# What error frames mean: error class, bits of data[1] of which one is set (0: any), status,
-# text. The first row that fits counts.
-ERRORS = (
-    (ERR_BUSOFF, 0, BUS_OFF, "bus off"),
-    (ERR_RESTARTED, 0, WELL, "OK"),
-    (ERR_CRTL, CRTL_PASSIVE, PASSIVE, "error passive"),
-    (ERR_CRTL, CRTL_WARNING, WARNING, "error warning"),
-    (ERR_CRTL, CRTL_ACTIVE, WELL, "OK"),
-    (ERR_ACK, 0, WARNING, "nobody acknowledges"),
-    (ERR_TX_TIMEOUT, 0, WARNING, "transmit timeout"),
-)
-
-
-def interface_exists(name: str) -> bool:
-    """Whether there is a network interface of this name."""
-    try:
-        return socket.if_nametoindex(name) > 0
-    except OSError:
-        return False
-
-
-class Bus:
-    """One CAN_RAW socket on a SocketCAN interface, for everybody, or `:virtual:`.
-
-    What the kernel does (net/can/raw.c): an interface that goes down gives
-    ENETDOWN once, and the same socket works again when it is up; one that is
-    removed gives ENODEV, and the socket is dead for good.
-
-    `:virtual:` is a bus inside the process, on which the clients talk to each
-    other: a pair of sockets that hands back what was sent. No hardware and no
-    kernel support is needed.
-    """
-
-    def __init__(self, name: str, watch: "Callable[[socket.socket, int], None]") -> None:
-        self.name = name
-        self.virtual = name == ":virtual:"
-        self.watch_socket = watch           # has the selector watch one for these events
-        self.sock: socket.socket | None = None      # to read from
-        self.out: socket.socket | None = None       # to send to, the same thing twice on CAN
-        self.filters: list[tuple[int, int]] = []    # value and mask, as in View
-        self.shared = False                 # somebody wants to get what another one sent
-        # Own frames come back, confirmed, in the order in which they were sent: CAN id, data,
-        # sender and number of those that have not. Empty as long as nobody wants them back.
-        self.own: deque[tuple[int, bytes, Client | Daemon, int]] = deque(maxlen=MOST_UNDER_WAY)
-        self.sent = 0                       # the number of the next one
-        self.own_wanted = False             # as the kernel was last told
-        self.state = self.logged = self.worst = BUS_WELL   # now, as logged, the worst since
-        # The interface went, or the controller gave up: own frames that have not come back never
-        # will. read() forgets them once it has read everything that came before.
-        self.interrupted = False
-        self.bus_offs = self.warnings = 0   # since the daemon was started
-        self.overruns = 0                   # frames that the kernel or the controller dropped
-        self.errors = 0                     # error frames, counted with -d only
-        self.dropped = 0                    # the kernel's running total for this socket
-        self.unpack_time = TIMESTAMP[SO_TIMESTAMPNS_NEW].unpack
-        self.open()
-
-    # --- opening, and the interface's coming and going ---
-
-    def open(self) -> None:
-        """Make the sockets, or note why that is not possible."""
-        try:
-            if self.virtual:
-                self.sock, self.out = socket.socketpair()
-                # Room for less than MOST_UNDER_WAY: each frame takes 768 bytes of twice the size.
-                self.out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
-            else:
-                self.sock = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
-                self.set_options(self.sock)
-                self.sock.bind((self.name,))
-                self.out = self.sock.dup()  # so that reading and writing are watched apart
-        except (AttributeError, OSError) as error:      # or this Python knows no SocketCAN
-            self.close()
-            self.set_away(getattr(error, "errno", errno.EAFNOSUPPORT))
-            return
-        self.sock.setblocking(False)
-        self.out.setblocking(False)
-        self.own_wanted = self.virtual
-        self.dropped = 0
-        self.set_filters(self.filters, self.shared)
-        self.watch(True, False)
-        self.look_up()
-
-    def set_options(self, sock: socket.socket) -> None:
-        """Set what does not depend on the clients."""
-        sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
-        sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER, EFF_MASK if log.debugging else
-                        ERR_TX_TIMEOUT | ERR_CRTL | ERR_ACK | ERR_BUSOFF | ERR_RESTARTED)
-        # The smallest there is, a few frames: narrower than the transmit queue, so that poll
-        # can tell when there is room.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        # Of each pair the first that the kernel grants; none will do, too.
-        for options in (((SO_RCVBUFFORCE, RECEIVE_BUFFER), (socket.SO_RCVBUF, RECEIVE_BUFFER)),
-                        ((SO_TIMESTAMPNS_NEW, 1), (SO_TIMESTAMPNS_OLD, 1))):
-            for option, value in options:
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, option, value)
-                except OSError as error:
-                    log.debug(f"socket option {option} of {self.name}: {error.strerror}")
-                    continue
-                if option in TIMESTAMP:
-                    self.unpack_time = TIMESTAMP[option].unpack
-                break
-
-    def close(self) -> None:
-        """Close the socket; the selector forgets it first."""
-        self.watch(False, False)
-        for sock in (self.sock, self.out):
-            if sock is not None:
-                sock.close()
-        self.sock = self.out = None
-
-    def watch(self, reading: bool, writing: bool) -> None:
-        """Have the selector say when there is something to read, when there is room."""
-        if self.sock is not None and self.out is not None:
-            self.watch_socket(self.sock, READ * reading)
-            self.watch_socket(self.out, WRITE * writing)
-
-    def check(self) -> None:
-        """Look after the bus and log how it is doing; called once per tick.
-
-        A state that came and went since is logged, too, however often it did.
-        """
-        if self.sock is not None:
-            self.look_up()
-        elif interface_exists(self.name):       # else no use asking the kernel for a socket
-            self.open()
-        worst, self.worst = self.worst, self.state
-        if worst.text != self.logged.text:
-            if worst is BUS_WELL:
-                log.info(f"{self.name}: the bus is back, was: {self.logged.text}")
-            else:
-                where = "" if worst.status == AWAY else f"{self.name}: "
-                log.warning(where + trouble(worst))
-            self.logged = worst
-        self.want_own()
-
-    def look_up(self) -> None:
-        """Ask how the interface is doing: gone, down, without a carrier or well."""
-        if self.sock is None or self.virtual:
-            return
-        try:
-            if self.sock.getsockname()[0] != self.name:
-                raise OSError(errno.ENODEV, "")     # a new one of this name is not ours
-            request = struct.pack("16s24x", self.name.encode())     # struct ifreq
-            flags, = struct.unpack_from("=H", fcntl.ioctl(self.sock, SIOCGIFFLAGS, request), 16)
-        except OSError as error:
-            self.close()
-            self.own.clear()
-            self.set_away(error.errno)
-            return
-        if not flags & IFF_UP:
-            self.set_away(errno.ENETDOWN)
-        elif not self.has_carrier():
-            if self.state.status != BUS_OFF:
-                self.set_error(BUS_OFF, ERR_BUSOFF, 0, "bus off")
-        elif self.state.status == AWAY or (     # an error frame said "bus off", some time ago
-                self.state.status == BUS_OFF and self.state.text == self.logged.text):
-            self.set_state(BUS_WELL)
-
-    def has_carrier(self) -> bool:
-        """Whether Linux gives frames to the controller; if not, it drops them in silence."""
-        try:
-            # The interface's flag IFF_RUNNING says the same, but up to a second later.
-            with open(f"/sys/class/net/{self.name}/carrier", encoding="ascii") as file:
-                return file.read() != "0\n"
-        except OSError as error:
-            return error.errno != errno.EINVAL      # it is down; else send says what is wrong
-
-    def set_away(self, code: "int | None") -> None:
-        """The interface cannot be used, for this errno: note it with the advice that helps."""
-        name, code = self.name, errno.ENODEV if code == errno.ENXIO else code or errno.EIO
-        up = f"ip link set {name} up" + " type can bitrate 125000" * (name[:3] == "can")
-        modprobe = "modprobe can_raw; on OpenWrt install kmod-can and kmod-can-raw"
-        text, advice = {
-            errno.ENETDOWN: (f"interface {name} is down", up),
-            errno.EAFNOSUPPORT: ("no CAN support (Address family not supported)", modprobe),
-            errno.EPROTONOSUPPORT: ("no raw CAN support (Protocol not supported)", modprobe),
-        }.get(code, (f"interface {name}: {os.strerror(code)}", ""))
-        if code == errno.ENODEV and interface_exists(name):
-            text = f"{name} is not a CAN interface"
-        elif code == errno.ENODEV and name[:4] == "vcan":
-            advice = f"ip link add dev {name} type vcan && {up}"
-        elif code == errno.ENODEV:
-            advice = "plug in the adapter, load its driver (ip link and dmesg show what is there)"
-        self.set_state(BusState(AWAY, code, 0, text, advice))
-
-    def set_error(self, status: int, code: int, controller: int, text: str) -> None:
-        """Note what an error frame, or the lack of a carrier, means."""
-        if status == WELL:
-            if self.has_carrier():
-                self.set_state(BUS_WELL)
-            return
-        if text != self.state.text:
-            self.bus_offs += status == BUS_OFF
-            self.warnings += status != BUS_OFF
-        advice = "wiring, bit rate, other nodes"
-        if status == BUS_OFF:
-            advice = f"ip link set {self.name} down && ip link set {self.name} up"
-            self.interrupted = True         # the controller forgets what it had to send
-        self.set_state(BusState(status, code, controller, text, advice))
-
-    def set_state(self, state: BusState) -> None:
-        """Note how the bus is doing; check() logs it."""
-        if state != self.state:
-            self.state = state
-            if state.status >= self.worst.status:
-                self.worst = state
-            self.want_own()
-
-    # --- frames ---
-
-    def set_filters(self, filters: "list[tuple[int, int]]", shared: bool) -> None:
-        """Have the kernel let only frames through that match a pair of value and mask.
-
-        `shared` says whether anybody wants to get what somebody else sent here.
-        """
-        self.filters, self.shared = [(0, 0)] if log.debugging else filters, shared
-        if self.virtual or self.sock is None:
-            return
-        own = [each for each in self.own if self.passes(each[0])]
-        self.own.clear()
-        self.own.extend(own)
-        try:
-            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
-                                 FILTER.pack(0, 0) if log.debugging else pack_filters(filters))
-        except OSError:
-            self.interrupted = True     # the interface went just now; open() sets them again
-        self.want_own()
-
-    def passes(self, can_id: int) -> bool:
-        """Whether the kernel's filter lets a frame through."""
-        return any(can_id & mask == value for value, mask in self.filters)
-
-    def want_own(self) -> None:
-        """Have the kernel give back own frames, or not: for a lone client they cost too much.
-
-        Measured: 10,000 pipelined SENDs take 2.0 s of CPU with them, 0.93 s without.
-        """
-        wanted = (self.shared or bool(self.own) or self.state is not BUS_WELL or log.debugging)
-        if self.sock is not None and not self.virtual and wanted != self.own_wanted:
-            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, wanted)
-            self.own_wanted = wanted
-
-    def send(self, can_id: int, data: bytes, sender: "Client | Daemon") -> None:
-        """Put a frame onto the bus.
-
-        Raises BusFull when there is no room at the moment, VscpError, with what
-        helps, when the bus cannot take it.
-        """
-        if self.out is None:
-            raise VscpError(trouble(self.state))
-        if self.state is not BUS_WELL and self.state.status == BUS_OFF and not self.has_carrier():
-            raise BusFull(trouble(self.state), TICK_S)
-        try:
-            self.out.send(pack_frame(can_id, data))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.ENOBUFS):
-                raise BusFull(f"{self.name} takes no more frames: nobody acknowledges, bus off, "
-                              "or too much traffic",
-                              NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
-            if not self.interrupted:    # the first that we hear of it; it may be back already
-                self.interrupted = True
-                self.send(can_id, data, sender)
-                return
-            self.set_away(error.errno)
-            raise VscpError(trouble(self.state)) from None
-        if self.virtual or self.own_wanted and self.passes(can_id):
-            self.own.append((can_id, data, sender, self.sent))
-            self.sent += 1
-
-    def read(self, limit: int) -> "tuple[list[Frame], bool]":
-        """What has come, oldest first, and whether that was all.
-
-        Up to `limit` messages are read, error frames included. If the interface
-        went, that is noted once everything that came before has been read: the
-        kernel reports the error first.
-        """
-        frames: list[Frame] = []
-        if self.sock is None:
-            return frames, True
-        recvmsg, unpack_time, well = self.sock.recvmsg, self.unpack_time, self.state is BUS_WELL
-        empty = False
-        for _ in range(limit):
-            try:
-                raw, ancillary, flags, _address = recvmsg(FRAME_SIZE, ANCILLARY_SIZE)
-            except BlockingIOError:
-                empty = True
-                break
-            except OSError:
-                self.interrupted = True
-                continue
-            can_id, length, data = unpack_frame(raw)
-            # The usual: an extended data frame of another node, on a bus that is well, with the
-            # kernel's time of it.
-            if can_id >> 29 == EXTENDED and well and ancillary and not flags & MSG_CONFIRM:
-                seconds, nanoseconds = unpack_time(ancillary[0][2])
-                # Cutting off nothing, too, takes 3 us of 120.
-                frames.append((can_id & EFF_MASK, data if length == 8 else data[:length],
-                               seconds, nanoseconds, None))
-            else:
-                frames += self.on_unusual(can_id, data[:length], ancillary, flags)
-                well = self.state is BUS_WELL
-        if self.interrupted:
-            if empty:
-                self.interrupted = False
-                self.own.clear()
-                self.look_up()
-            elif limit < FRAMES_IN_KERNEL:
-                rest, empty = self.read(FRAMES_IN_KERNEL)
-                frames += rest
-        return frames, empty
-
-    def on_unusual(self, can_id: int, data: bytes, ancillary: "list[tuple[int, int, bytes]]",
-                   flags: int) -> "list[Frame]":
-        """All that read() does not handle itself; returns the frame if clients get it."""
-        if ancillary:
-            seconds, nanoseconds = self.unpack_time(ancillary[0][2])
-        else:
-            seconds, nanoseconds = divmod(time.time_ns(), 1000000000)
-        if can_id & ERR_FLAG:
-            self.on_error_frame(can_id, data)
-        if can_id >> 29 != EXTENDED:
-            if log.debugging:
-                log.debug(self.foreign_row(can_id, data), seconds * 1000000 + nanoseconds // 1000)
-            return []
-        confirmed = self.virtual or bool(flags & MSG_CONFIRM)
-        # A frame went over the bus, so somebody is there.
-        over = ERR_ACK | (ERR_TX_TIMEOUT if confirmed else 0)
-        if self.state.status == WARNING and self.state.code & over:
-            self.set_state(BUS_WELL)
-        can_id &= EFF_MASK
-        sender = self.claim(can_id, data) if confirmed else None
-        if confirmed and sender is None:    # it was sent when there was nobody else to get it
-            return []
-        return [(can_id, data, seconds, nanoseconds, sender)]
-
-    def foreign_row(self, can_id: int, data: bytes) -> str:
-        """The line of -d about a frame that is not VSCP: error, standard or remote."""
-        if can_id & ERR_FLAG:
-            self.errors += 1
-            return f"{self.name:<9} ! error frame: {error_meaning(can_id & EFF_MASK, data)}"
-        kind = "remote" if can_id & RTR_FLAG else "standard"
-        number = f"{can_id & EFF_MASK:08X}" if can_id & EFF_FLAG else f"{can_id & 0x7FF:03X}"
-        text = hex_text(data) if kind == "standard" else ""
-        return f"{self.name:<9} - {number:<8}  {kind} frame, not VSCP {text}".rstrip()
-
-    def claim(self, can_id: int, data: bytes) -> "Client | Daemon | None":
-        """Who sent a frame that came back; None: nobody knows.
-
-        Some never come back (a full receive buffer, a controller in one-shot mode).
-        So of equal frames the newest is taken: all that come back are given out, to
-        the right number of clients, and one that does not is never mistaken for a
-        later one. What is far older than a frame that came back is forgotten.
-        """
-        equal = [place for place, own in enumerate(self.own)
-                 if own[1] == data and own[0] == can_id]
-        if not equal:
-            return None
-        sender, oldest = self.own[equal[-1]][2], self.own[equal[0]][3]
-        del self.own[equal[-1]]
-        while self.own and self.own[0][3] < oldest - MOST_OVERTAKEN:
-            self.own.popleft()
-        return sender
-
-    def on_error_frame(self, can_id: int, data: bytes) -> None:
-        """Note what an error frame (linux/can/error.h) says."""
-        controller = data[1] if len(data) > 1 else 0
-        if can_id & ERR_CRTL and controller & CRTL_RX_OVERFLOW:
-            self.overruns += 1
-        for error_class, bits, status, text in ERRORS:
-            if can_id & error_class and (not bits or controller & bits):
-                self.set_error(status, can_id & EFF_MASK, controller, text)
-                return
-
-    def count_drops(self) -> None:
-        """Ask the kernel how many frames its full buffer has dropped."""
-        if self.sock is None or self.virtual:
-            return
-        try:
-            numbers = self.sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
-        except OSError:
-            return          # Linux before 4.12 does not tell.
-        total = struct.unpack("=9I", numbers)[8] if len(numbers) == 36 else self.dropped
-        if self.filters:    # else these are error frames, as nothing else passes
-            self.overruns += total - self.dropped & 0xFFFFFFFF
-        self.dropped = total
-
-
-# =============================================================================
-# 7. Client
-# =============================================================================
-# A connection: who it is, what it sees, its events, and the bytes that come and
-# go. Never blocks: what the connection does not take now waits in `output`, and
-# as long as something waits there, no line is run. Where it is in its life is
-# told by times: `stream_at`, `resume_at` and `leave_by`.
-
-class LineSplitter:
-    """Makes command lines out of bytes, however they are cut into packets.
-
-    CR, other control characters and bytes over 0x7E are dropped. A line of more
-    than MAX_LINE characters becomes an error; no more than that is ever stored.
-    """
-
-    def __init__(self) -> None:
-        self.rest = b""
-
-    def feed(self, data: bytes) -> "list[str | VscpError]":
-        *lines, self.rest = (self.rest + data.translate(None, NOT_TEXT)).split(b"\n")
-        # One character more than allowed is enough to remember that there were too many.
-        self.rest = self.rest[:MAX_LINE + 1]
-        return [line.decode("ascii") if len(line) <= MAX_LINE
-                else VscpError("line length exceeded") for line in lines]
-
-
-def hide_password(line: str) -> str:
-    """The line as it may be shown: nothing behind PASS, nor where it is typed by mistake."""
-    return re.sub(r"(?i)^(\s*(?:pass|help\s+pass|user\s+\S+\s|\+)).+", r"\1 ***", line)
-
-
-class Client:
-    """One TCP connection."""
-
-    def __init__(self, daemon: "Daemon", sock: socket.socket, host: str, port: int,
-                 channel_id: int) -> None:
-        self.daemon = daemon
-        self.sock = sock
-        self.host = host
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.name = self.address                # for messages, once logged in with the user
-        self.channel_id = channel_id
-        self.guid = client_guid(daemon.options.guid, channel_id)
-        self.started = utc_text(int(time.time()))
-        self.filter = self.mask = FILTER_ALL
-        # That of the CAN interface, which event lines show; it has channel id 0.
-        self.interface_guid = client_guid(daemon.options.guid, 0)
-        self.view = make_view(self.filter, self.mask, self.interface_guid)
-        # What it may do
-        self.user: User | None = None           # logged in
-        self.level: int = daemon.options.guest  # 0-15, compared with the privilege of a command
-        self.given_name = ""                    # USER's, for the PASS that follows
-        self.failures = 0                       # how often that was wrong
-        # Its events: lines, and what STAT counts
-        self.fifo: deque[str] = deque(maxlen=daemon.options.buffer)
-        self.lost = 0
-        self.overruns_before = daemon.bus.overruns
-        self.rx_frames = self.rx_bytes = self.tx_frames = self.tx_bytes = 0
-        # Its bytes
-        self.splitter = LineSplitter()
-        self.lines: deque[str | VscpError] = deque()    # commands to run, errors to answer
-        self.previous = ""                      # the line that `+` runs again
-        self.output = bytearray()               # what the connection has not taken yet
-        self.segment = max(536, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))
-        self.interest = 0                       # what the selector watches
-        self.ended = False                      # the peer sends no more
-        self.deaf = False                       # the peer takes no more
-        self.closed = False
-        # Its times
-        self.stream_at = NEVER                  # events are sent as they come, from then on
-        self.sign_at = NEVER                    # the next sign of life is due
-        self.resume_at = 0.0                    # no line runs before; NEVER: it waits for the bus
-        self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
-        self.log_in_by = NEVER                  # sent away if it may do nothing until then
-        self.complain_at = 0.0                  # no warning about lost events before
-        self.connected_at = NEVER               # not if it is refused
-        self.check_peer_at = daemon.now + PEER_CHECK_S  # is the peer still there?
-
-    # --- what the loop calls ---
-
-    def on_ready(self, mask: int) -> None:
-        """The connection has sent something, or takes something again."""
-        if mask & READ and not self.closed:
-            self.read()
-        self.turn()
-
-    def turn(self) -> None:
-        """Run some of the lines that have come, send what the connection takes.
-
-        Whatever goes wrong costs no other client anything.
-        """
-        if self.closed:
-            return
-        try:
-            if self.output:
-                self.flush()
-            if not self.output:                 # else the peer shall read its replies first
-                self.run_lines()
-                if self.output:
-                    self.flush()
-            # Last, or a bus that is faster than the peer would keep its commands from running.
-            while self.fifo and not self.output and self.stream_at <= self.daemon.now:
-                self.output += self.next_block()
-                self.flush()
-            if self.leave_by < NEVER and not self.output:
-                self.shut_down()
-            if not self.closed:
-                self.watch()
-        except OSError as error:
-            self.daemon.drop(self, error.strerror or str(error))
-        except Exception as error:
-            log.error(f"{self.name}: a bug in uvscpd.py, the client is dropped:\n"
-                      + traceback_text(error))
-            self.daemon.drop(self, "internal error")
-
-    def tick(self) -> None:
-        """Do what is due: a sign of life, a line that waited, the end."""
-        now = self.daemon.now
-        if self.sign_at <= now:
-            self.sign_at = now + SIGN_OF_LIFE_S
-            if not self.output:
-                self.write(ok())
-        self.turn()                 # epoll reports room only when a third of the buffer is free
-        if self.log_in_by <= now and self.resume_at <= now and not self.closed:
-            self.write(refusal(f"nobody logged in within {LOG_IN_S:.0f} s"))
-            self.leave()
-            self.turn()
-        if self.leave_by <= now:
-            self.daemon.drop(self, "")
-        if self.check_peer_at <= now and not self.closed:
-            self.check_peer_at = now + PEER_CHECK_S
-            # One that is there acknowledges, if only a probe, however slowly it reads.
-            if struct.unpack_from("=I", self.tcp_info(), LAST_ACK_RECEIVED)[0] > PEER_GONE_S * 1000:
-                self.daemon.drop(self, "the peer is gone")
-        for when in (self.stream_at, self.sign_at, self.resume_at, self.log_in_by, self.leave_by):
-            if when > now and not self.closed:
-                self.daemon.soon(when)
-
-    def tcp_info(self) -> bytes:
-        """The first bytes of struct tcp_info (linux/tcp.h)."""
-        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
-
-    # --- reading and commands ---
-
-    def read(self) -> None:
-        try:
-            data = self.sock.recv(READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:             # it was reset, perhaps in the middle of a line
-            data = self.splitter.rest = b""
-        self.ended = not data
-        if self.leave_by == NEVER:
-            # At the end of the input a last line counts without a line end.
-            self.lines.extend(self.splitter.feed(data or b"\n" * bool(self.splitter.rest)))
-
-    def run_lines(self) -> None:
-        """Run some of the lines that have come; the other clients have their turn, too."""
-        for _ in range(LINES_A_TURN):
-            if not self.lines or self.resume_at > self.daemon.now:
-                break
-            line = self.lines.popleft()
-            stream_at = self.stream_at
-            try:
-                reply = run_command(self, line) if isinstance(line, str) else self.refuse(line)
-            except Later as later:
-                self.lines.appendleft(line)
-                self.pause(later.at)
-                if isinstance(later, BusFull):
-                    self.daemon.wait_for_room(self, later)
-                break
-            if log.debugging:
-                self.log_exchange(line, reply)
-            if self.stream_at != stream_at:     # the receive loop's replies are writes of their own
-                self.flush()
-                self.write(reply)
-                self.flush()
-            else:
-                self.write(reply)
-        if self.ended and not self.lines:
-            self.leave()
-
-    def refuse(self, error: VscpError) -> str:
-        """The reply that was due; the last one if there were too many wrong log-ins."""
-        if error is TOO_MANY_WRONG:
-            self.leave()
-        return refusal(error)
-
-    def log_exchange(self, line: "str | VscpError", reply: str) -> None:
-        """Log a command and its reply."""
-        if isinstance(line, str):
-            log.debug(f"{self.name} > {hide_password(line)}")
-        for text in reply.splitlines():
-            log.debug(f"{self.name} < {text}")
-
-    def pause(self, until: float) -> None:
-        """Run no line until then."""
-        self.resume_at = until
-        self.daemon.soon(until)
-
-    # --- who it is ---
-
-    def short_name(self) -> str:
-        """What -d shows as the source of its events: the user, or the port as in its address."""
-        port = self.address.rpartition(":")[2]
-        return self.user.name if self.user and self.user.name else f":{port}"
-
-    def log_in(self, user: "User | None") -> None:
-        """From now on it is this user, or again nobody."""
-        if log.debugging:           # what it has sent until now is shown by the name until now
-            self.daemon.drain()
-        if user or self.user:       # a name without a password changes nothing
-            self.log_in_by = NEVER if user or self.daemon.options.guest else (
-                self.daemon.now + LOG_IN_S)
-        self.user = user
-        self.name = f"{self.address} ({user.name})" if user and user.name else self.address
-        self.level = user.level if user else self.daemon.options.guest
-        if self.level < COMMANDS["rcvloop"].privilege:
-            self.stream_at = self.sign_at = NEVER
-
-    def has_ended(self) -> bool:
-        """Whether the peer sends no more, even if not all has been read."""
-        return self.tcp_info()[0] != TCP_ESTABLISHED
-
-    def on_wrong_log_in(self, error: VscpError) -> None:
-        """Answer slowly; who tries again from that address has to wait, too."""
-        log.warning(f"{self.address}: {error}")
-        self.log_in(None)
-        self.daemon.suspect(self)
-        self.failures += 1
-        if self.failures >= MOST_WRONG_LOGINS:
-            self.lines.clear()
-            self.lines.append(TOO_MANY_WRONG)
-        self.lines.appendleft(error)
-        self.pause(self.daemon.now + WRONG_LOGIN_S)
-
-    # --- events and writing ---
-
-    def put(self, lines: "list[str]", block: bytes, size: int) -> None:
-        """Send event lines, also given as one block, or buffer them.
-
-        `size` is how many bytes the frames have on CAN.
-        """
-        self.rx_frames += len(lines)
-        self.rx_bytes += size
-        if self.fifo or self.output or self.stream_at > self.daemon.now:
-            lost = len(self.fifo) + len(lines) - (self.fifo.maxlen or 0)
-            self.fifo.extend(lines)
-            if lost > 0:
-                self.on_lost(lost)
-            return
-        if len(block) <= self.segment:      # nearly always: without a copy
-            try:
-                sent = self.sock.send(block)
-                if sent == len(block):
-                    return
-                block = block[sent:]
-            except OSError:
-                pass                        # flush() finds out
-        if not self.deaf:
-            self.output += block
-            self.flush()
-            self.watch()
-
-    def on_lost(self, count: int) -> None:
-        """Its buffer has dropped so many events."""
-        self.lost += count
-        self.daemon.lost += count
-        if self.complain_at <= self.daemon.now:
-            self.complain_at = self.daemon.now + COMPLAIN_S
-            log.warning(f"{self.name}: loses events, it does not fetch them and its buffer of "
-                        f"{counted(len(self.fifo), 'event')} is full")
-
-    def write(self, text: str) -> None:
-        """Have text sent by the next flush."""
-        if not self.deaf:
-            self.output += text.encode("ascii")
-
-    def flush(self) -> None:
-        """Send what the connection takes of the output: whole lines, a segment per write."""
-        while self.output:
-            block, size = self.output, len(self.output)
-            if size > self.segment:
-                size = (block.rfind(b"\n", 0, self.segment) + 1
-                        or block.find(b"\n", self.segment) + 1)
-                block = block[:size]
-            try:
-                sent = self.sock.send(block)
-            except BlockingIOError:
-                break
-            except OSError:
-                # It is gone, or reads no more; the commands that it has sent are run all the same.
-                self.deaf = True
-                self.output.clear()
-                break
-            del self.output[:sent]
-            if self.leave_by < NEVER:
-                self.leave_by = self.leave_time()
-            if sent < size:
-                break
-
-    def next_block(self) -> bytes:
-        """Take a segment's worth of events from the FIFO, at least one."""
-        fifo = self.fifo
-        lines = [fifo.popleft()]
-        room = self.segment - len(lines[0])
-        while fifo and len(fifo[0]) <= room:
-            room -= len(fifo[0])
-            lines.append(fifo.popleft())
-        return "".join(lines).encode("ascii")
-
-    def watch(self) -> None:
-        """Have the selector watch for what this client can use now."""
-        interest = 0
-        if self.output or self.lines and self.resume_at <= self.daemon.now:
-            interest = WRITE
-        if not self.lines and not self.ended:
-            interest |= READ
-        if interest != self.interest:
-            try:
-                self.daemon.watch(self.sock, interest, self.on_ready)
-                self.interest = interest
-            except OSError as error:            # too much is watched already
-                self.daemon.drop(self, error.strerror or str(error))
-
-    # --- filters ---
-
-    def set_view(self) -> None:
-        """Make a changed GUID, filter or mask count from the next event on."""
-        self.daemon.drain()                 # what the kernel holds still counts by the old filter
-        self.view = make_view(self.filter, self.mask, self.interface_guid)
-        self.daemon.set_views()
-
-    # --- the end ---
-
-    def leave(self) -> None:
-        """Close once the last reply has arrived: closing at once could reset it away."""
-        if self.leave_by == NEVER:
-            self.leave_by = self.leave_time()
-            self.stream_at = self.sign_at = self.log_in_by = NEVER
-            self.lines.clear()
-            self.fifo.clear()
-            self.daemon.on_leaving(self)
-
-    def leave_time(self) -> float:
-        """Until when to wait for a peer that has been told to go."""
-        return self.daemon.now + (PEER_GONE_S if self.output else LINGER_S)
-
-    def shut_down(self) -> None:
-        """Tell the peer that nothing follows; read() takes in what it still sends."""
-        if self.ended or self.deaf:
-            self.daemon.drop(self, "")
-            return
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.deaf = True                # the connection is gone; read() notices the end
-
-
-# =============================================================================
-# 8. Commands
-# =============================================================================
-# All that is known about a command stands in one place: its row above its
-# function. A function takes the client and the command's arguments, and returns
-# the whole reply or raises VscpError. HELP lists the rows in this order.
-
-def ok(*lines: str, text: str = "") -> str:
-    """A good reply: data lines, then the final `+OK` line."""
-    final = f"+OK - {text}" if text else "+OK"
-    return "\r\n".join(lines + (final, ""))
-
-
-def refusal(reason: object) -> str:
-    """A bad reply: the final `-OK` line."""
-    return f"-OK - {reason}\r\n"
-
-
-class Command:
-    """A row of the command table."""
-
-    def __init__(self, names: str, privilege: int, usage: str, summary: str,
-                 handler: "Any") -> None:
-        self.names = names.split()      # the command and its aliases
-        self.privilege = privilege      # 0-15, what a client must have
-        self.usage = usage              # its arguments, as HELP shows them
-        self.summary = summary
-        self.handler = handler
-        code = handler.__code__
-        self.most = code.co_argcount - 1                        # number of arguments
-        self.least = self.most - len(handler.__defaults__ or ())
-        if code.co_flags & 0x04:        # CO_VARARGS: *arguments
-            self.most = MAX_LINE
-
-    def help(self) -> str:
-        """One line: names, arguments and what the command does."""
-        name, *aliases = [name.upper() for name in self.names]
-        also = f" (also {', '.join(aliases)})" if aliases else ""
-        return f"{name} {self.usage}".rstrip() + f": {self.summary}{also}"
-
-
-COMMANDS: "dict[str, Command]" = {}       # by name and alias
-ONLY_FULL_DAEMON = "only the full VSCP daemon has this command, uvscpd does not"
-
-
-def command(names: str, privilege: int, usage: str, summary: str) -> "Callable[..., Any]":
-    """Put a function into the table; used as a decorator, its row."""
-    def add(handler: "Callable[..., str]") -> "Callable[..., str]":
-        row = Command(names, privilege, usage, summary, handler)
-        COMMANDS.update(dict.fromkeys(row.names, row))
-        return handler
-    return add
-
-
-def find_command(name: str) -> Command:
-    """The row of a command, given in any case; raises VscpError when there is none."""
-    try:
-        return COMMANDS[name.lower()]
-    except KeyError:
-        raise VscpError("invalid command") from None
-
-
-def run_command(client: Client, line: str) -> str:
-    """The whole reply to a command line, data lines and exactly one final line.
-
-    Raises Later alone.
-    """
-    try:
-        name, *arguments = line.split() or [""]
-        if not name:
-            raise VscpError("no input")
-        if name != "+":
-            client.previous = line
-        row = find_command(name)
-        if client.level < row.privilege:
-            raise VscpError("Need to log in to perform this command.")
-        if len(arguments) > row.most and "," in row.usage:      # people type spaces behind commas
-            arguments = re.sub(", +", ",", " ".join(arguments)).split()
-        if not row.least <= len(arguments) <= row.most:
-            raise VscpError("wrong number of arguments"
-                            + f", expected {row.usage}" * ("," in row.usage))
-        reply: str = row.handler(client, *arguments)
-        return reply
-    except VscpError as error:
-        return refusal(error)
-
-
-# --- privilege 0 ---
-
-@command("noop", 0, "", "nothing, is answered +OK")
-def do_noop(_client: Client) -> str:
-    return ok()
-
-
-@command("quit exit", 0, "", "end this connection")
-def do_quit(client: Client) -> str:
-    client.leave()
-    return ok(text="bye")
-
-
-@command("+", 0, "", "run the previous command again")
-def do_repeat(client: Client) -> str:
-    if not client.previous:
-        raise VscpError("no input")
-    return run_command(client, client.previous)
-
-
-@command("user", 0, "[NAME]", "user name, to log in")
-def do_user(client: Client, name: str = "") -> str:
-    options = client.daemon.options
-    if not options.users and not options.lone_user or "" in options.users:
-        return ok(text="no user configured")
-    if not name:
-        raise VscpError("please supply username")
-    client.log_in(None)
-    client.given_name = name
-    return log_in(client, name, "") if options.lone_user else ok()
-
-
-@command("pass", 0, "[PASSWORD]", "password, to log in")
-def do_pass(client: Client, password: str = "") -> str:
-    users = client.daemon.options.users
-    if not users:
-        return ok(text="no password configured")
-    if not password:
-        raise VscpError("please supply password")
-    if not client.given_name and "" not in users:
-        raise VscpError("please give the user name first")
-    return log_in(client, "" if "" in users else client.given_name, password)
-
-
-def log_in(client: Client, name: str, password: str) -> str:
-    """Judge name, password and address at once; wrong ones are answered slowly.
-
-    Raises Later as long as a wrong log-in from the same address makes it wait.
-    """
-    options = client.daemon.options
-    wait_until = client.daemon.suspects.get(network_of(client.host), 0.0)
-    if wait_until > client.daemon.now:
-        if client.has_ended():          # or guesses would make others wait whose peer is gone
-            raise VscpError("a wrong log-in came from this address just before, try again")
-        raise Later(wait_until)
-    user = find_user(options.lone_user or options.users, name, password, client.host)
-    if user is None:
-        client.on_wrong_log_in(VscpError("invalid username or password"))
-        return ""
-    client.log_in(user)
-    log.info(f"{client.name}: logged in")
-    return ok()
-
-
-@command("help ?", 0, "[COMMAND]", "this list, or one line of it")
-def do_help(_client: Client, name: str = "") -> str:
-    rows = [find_command(name)] if name else dict.fromkeys(COMMANDS.values())
-    return ok(*(row.help() for row in rows))
-
-
-@command("vers version", 0, "", "version of the daemon")
-def do_vers(_client: Client) -> str:
-    return ok(__version__.replace(".", ",") + ",0")
-
-
-@command("wcyd whatcanyoudo", 0, "", "capabilities, 64 bits")
-def do_wcyd(client: Client) -> str:
-    return ok("-".join(f"{byte:02X}" for byte in client.daemon.capabilities.to_bytes(8, "big")))
-
-
-@command("interface client", 0, "[list]", "list the interfaces")
-def do_interface(client: Client, action: str = "list", *more: str) -> str:
-    if action.lower() in ("close", "unique", "normal"):
-        raise VscpError(ONLY_FULL_DAEMON)
-    if more:
-        raise VscpError("wrong number of arguments")
-    if action.lower() != "list":
-        raise VscpError("interface knows only LIST")
-    return ok(*client.daemon.interfaces(client))
-
-
-# --- privilege 1 ---
-
-@command("cdta chdata chkdata checkdata", 1, "", "number of buffered events")
-def do_cdta(client: Client) -> str:
-    client.daemon.drain()
-    return ok(f"{len(client.fifo)} ")
-
-
-@command("clra clrall clearall", 1, "", "forget the buffered events")
-def do_clra(client: Client) -> str:
-    client.daemon.drain()
-    client.fifo.clear()
-    return ok(text="All events cleared.")
-
-
-@command("stat", 1, "", "busoff,buswarnings,overruns,rxbytes,rxframes,txbytes,txframes")
-def do_stat(client: Client) -> str:
-    client.daemon.drain()
-    bus = client.daemon.bus
-    overruns = client.lost + bus.overruns - client.overruns_before
-    return ok(f"{bus.bus_offs},{bus.warnings},{overruns},{client.rx_bytes},{client.rx_frames},"
-              f"{client.tx_bytes},{client.tx_frames}")
-
-
-@command("info", 1, "", 'state of the bus: status,code,subcode,"text"')
-def do_info(client: Client) -> str:
-    client.daemon.drain()
-    state = client.daemon.bus.state
-    return ok(f'{state.status},{state.code},{state.subcode},"{state.text}"')
-
-
-@command("chid getchid", 1, "", "channel id of this client")
-def do_chid(client: Client) -> str:
-    return ok(str(client.channel_id))
-
-
-@command("ggid getguid", 1, "", "GUID of this client")
-def do_ggid(client: Client) -> str:
-    return ok(format_guid(client.guid))
-
-
-# --- privilege 2 ---
-
-@command("retr retrieve", 2, "[N]", "up to N buffered events, or one; all if N is negative")
-def do_retr(client: Client, count: str = "1") -> str:
-    everything = bool(re.fullmatch("-[0-9]+", count))
-    wanted = 0 if everything else parse_number(count, sys.maxsize, "the count")
-    if client.stream_at < NEVER:
-        return ok()
-    client.daemon.drain()
-    if everything:
-        wanted = len(client.fifo)
-    lines = [client.fifo.popleft() for _ in range(min(wanted, len(client.fifo)))]
-    final = ok() if len(lines) == wanted else refusal("No event(s) available")
-    return "".join(lines) + final
-
-
-@command("rcvloop receiveloop", 2, "", "get every event as it comes")
-def do_rcvloop(client: Client) -> str:
-    if client.stream_at == NEVER:
-        client.stream_at = client.daemon.now + RCVLOOP_PAUSE_S
-        client.sign_at = client.stream_at + SIGN_OF_LIFE_S
-        client.daemon.soon(client.stream_at)
-    return ok()
-
-
-@command("quitloop", 2, "", "end the receive loop")
-def do_quitloop(client: Client) -> str:
-    client.stream_at = client.sign_at = NEVER
-    return ok()
-
-
-# --- privilege 4 and 6 ---
-
-@command("send", 4, "head,class,type,obid,datetime,timestamp,GUID,data...", "send an event")
-def do_send(client: Client, text: str) -> str:
-    can_id, data = parse_event(text, client.guid, client.interface_guid)
-    client.daemon.send(client, can_id, data)
-    client.tx_frames += 1
-    client.tx_bytes += 4 + len(data)
-    return ok()
-
-
-@command("sgid setguid", 6, "GUID", "set the GUID of this client")
-def do_sgid(client: Client, text: str) -> str:
-    client.guid = parse_guid(text)
-    if not client.channel_id:           # without ids it is the interface's, too
-        client.interface_guid = client.guid
-    client.set_view()
-    return ok()
-
-
-@command("smsk setmask", 6, "priority,class,type,GUID",
-         "set the mask: the bits in which an event must be like the filter")
-def do_smsk(client: Client, text: str) -> str:
-    client.mask = parse_filter(text, "mask")
-    client.set_view()
-    return ok()
-
-
-@command("sflt setfilter", 6, "priority,class,type,GUID",
-         "set the filter: what an event must be like in the bits of the mask")
-def do_sflt(client: Client, text: str) -> str:
-    client.filter = parse_filter(text, "filter")
-    client.set_view()
-    return ok()
-
-
-# --- what only the full VSCP daemon has ---
-
-@command("restart shutdown", 15, "", "not in uvscpd")
-def do_restart(_client: Client, *_arguments: str) -> str:
-    raise VscpError("uvscpd is not capable of restart/shutdown")
-
-
-@command("challenge measurement driver file udp remote var variable dm table test binary",
-         0, "...", "only in the full VSCP daemon")
-def do_unsupported(_client: Client, *_arguments: str) -> str:
-    raise VscpError(ONLY_FULL_DAEMON)
-
-
-# =============================================================================
-# 9. Daemon
-# =============================================================================
-# The loop: waits for sockets and times, hands frames to the clients. Whatever has
-# a time is looked at by one tick, twice a second, or sooner when somebody asks;
-# only frames that gather and SENDs that wait have times of their own.
-
-def notify(text: str) -> bool:
-    """Tell systemd about us (sd_notify(3)), if it asked; returns whether it has got that."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return True
-    path = "\0" + address[1:] if address[0] == "@" else address
-    try:
-        notify_socket().sendto(text.encode(), path)
-    except OSError as error:
-        log.debug(f"{address}: {error.strerror}")
-        return False
-    return True
-
-
-@lru_cache(maxsize=1)
-def notify_socket() -> socket.socket:
-    """Made once: the watchdog is fed also when we are out of descriptors."""
-    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-
-
-def watchdog_period() -> float:
-    """How often systemd wants to hear from us, in seconds: twice as often as it must."""
-    period_us = os.environ.get("WATCHDOG_USEC", "")         # 64 bits
-    ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
-    asked = ours and re.fullmatch("[1-9][0-9]{0,19}", period_us)
-    return int(period_us) / 2000000 if asked else NEVER
-
-
-class Daemon:
-    """Everything that runs: the bus, the listening socket, the clients."""
-
-    name, channel_id = "uvscpd", 0      # of what the daemon itself sends
-
-    def __init__(self, options: argparse.Namespace, listener: socket.socket) -> None:
-        self.options = options
-        self.started = utc_text(int(time.time()))
-        self.answers: deque[float] = deque(maxlen=MOST_ANSWERS)     # when probes were answered
-        self.capabilities = CAPABILITIES
-        if listener.family == socket.AF_INET6:
-            self.capabilities |= CAPABILITY_IPV6
-        self.clients: dict[Client, None] = {}   # in the order in which they are served
-        self.leaving: set[Client] = set()       # told to go, not counted any more
-        self.views: dict[View, list[Client]] = {}
-        self.waiting: deque[Client] = deque()   # their next line is a SEND; the head's turn it is
-        self.suspects: dict[bytes, float] = {}  # until when nobody may log in from there
-        self.last_id = 0
-        self.frames = self.lost = 0             # handed out, lost by clients
-        self.status = ("", "")                  # what systemd was told: the state, the numbers
-        # For the summary of -d
-        self.by_class: dict[int, int] = {}
-        self.second = self.in_second = self.most_in_second = 0
-        # Times; a clock is slow to read, so a turn reads it once
-        self.now = time.monotonic()             # when this turn began
-        self.bus_read_at = 0.0                  # when the bus had been read
-        self.began = self.now
-        self.status_at = NEVER                  # systemd gets new numbers
-        self.tick_at = self.now
-        self.gather_at = NEVER                  # under load: the bus is not watched until then
-        self.retry_at = NEVER                   # for the head of those that wait
-        self.full: BusFull                      # why it waits
-        self.give_up_at = NEVER                 # if the bus takes nothing until then
-        self.no_gathering_until = 0.0           # somebody waits for the answer to a SEND
-        self.busy_until = 0.0                   # the end of a time ...
-        self.busy_frames = 0                    # ... in which so many frames came
-        self.watchdog_s = watchdog_period()
-        self.feed_at = self.now if self.watchdog_s < NEVER else NEVER
-        self.stop_by = NEVER                    # the end
-        # Sockets
-        self.selector = selectors.DefaultSelector()
-        self.listener = listener
-        self.watch(listener, READ, self.on_connection)
-        self.wake_up, self.wake_up_end = socket.socketpair()
-        self.wake_up.setblocking(False)
-        self.wake_up_end.setblocking(False)
-        self.watch(self.wake_up, READ, self.on_signal)
-        self.bus = Bus(options.canbus, lambda sock, events: self.watch(sock, events, self.on_bus))
-        self.set_views()
-
-    # --- the loop ---
-
-    def run(self) -> None:
-        """Serve until stop is called."""
-        signal.set_wakeup_fd(self.wake_up_end.fileno())
-        while self.now < self.stop_by:
-            wake_at = min(self.tick_at, self.gather_at, self.retry_at)
-            ready = self.selector.select(max(0.0, wake_at - self.now))
-            self.now = time.monotonic()
-            for key, mask in ready:
-                key.data(mask)
-            if self.gather_at <= self.now:
-                self.gather()
-            if self.retry_at <= self.now:
-                self.send_waiting()
-            if self.tick_at <= self.now:
-                self.tick()
-
-    def soon(self, when: float) -> None:
-        """Have a tick at this time at the latest."""
-        self.tick_at = min(self.tick_at, when)
-
-    def tick(self) -> None:
-        """Look at all that has a time: the bus, the clients, those that wait, systemd."""
-        self.tick_at = self.now + min(TICK_S, self.watchdog_s)
-        self.drain()
-        self.bus.check()
-        self.watch_bus()
-        for client in [*self.clients, *self.leaving]:
-            client.tick()
-        if self.give_up_at <= self.now:
-            self.give_up_waiting()
-        self.soon(self.give_up_at)
-        if self.stop_by == NEVER:           # again, if there were no descriptors
-            self.watch(self.listener, READ, self.on_connection)
-        if self.feed_at <= self.now and notify("WATCHDOG=1"):
-            self.feed_at = self.now + self.watchdog_s
-        self.tell_systemd()
-        if self.stop_by < NEVER and not (self.clients or self.leaving):
-            self.stop_by = self.now
-
-    def tell_systemd(self) -> None:
-        """Tell systemd how it goes: a change of state at once, new numbers now and then."""
-        state = f"{self.bus.name}: {self.bus.state.text}, {counted(len(self.clients), 'client')}"
-        numbers = f"{counted(self.frames, 'frame')}, {self.lost + self.bus.overruns} lost"
-        due = state != self.status[0] or numbers != self.status[1] and self.status_at <= self.now
-        if due and notify(f"READY=1\nSTATUS={state}, {numbers}"):
-            self.status, self.status_at = (state, numbers), self.now + STATUS_S
-
-    def stop(self) -> None:
-        """Tell every client, and end once all have gone or the time is up."""
-        if self.stop_by == NEVER:
-            self.stop_by = time.monotonic() + STOPPING_S
-
-    def close(self) -> None:
-        """End every connection."""
-        notify("STOPPING=1")
-        signal.set_wakeup_fd(-1)
-        for client in [*self.clients, *self.leaving]:
-            self.drop(client, "")
-        self.bus.close()
-        self.listener.close()
-        for thing in (self.selector, self.wake_up, self.wake_up_end):
-            thing.close()
-
-    def on_signal(self, _mask: int) -> None:
-        """A signal came and its handler has run: what it asked for is done now."""
-        self.wake_up.recv(READ_SIZE)
-        if self.stop_by < NEVER:
-            self.watch(self.listener, 0, self.on_connection)
-            for client in list(self.clients):
-                client.write(refusal("uvscpd is stopping"))
-                client.leave()
-            self.soon(self.now)
-
-    def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
-        """Change what the selector watches a socket for; 0 is nothing."""
-        watched = self.selector.get_map().get(sock)
-        if watched and not events:
-            self.selector.unregister(sock)
-        elif watched and events != watched.events:
-            self.selector.modify(sock, events, action)
-        elif events and not watched:
-            self.selector.register(sock, events, action)
-
-    # --- from the bus to the clients ---
-
-    def on_bus(self, mask: int) -> None:
-        """There is something to read on the bus, or there is room again for those that wait."""
-        if mask & WRITE:
-            self.send_waiting()
-        if not mask & READ:
-            return
-        # A lone frame is passed on at once, without a second read to hear that there is no more.
-        slept = self.now - self.bus_read_at > AT_ONCE_S
-        count, _ = self.pump(1 if slept else FRAMES_A_TURN)
-        self.bus_read_at = time.monotonic()
-        if self.busy_until < self.now:
-            self.busy_until, self.busy_frames = self.now + BUSY_S, 0
-        self.busy_frames += count
-        if self.busy_frames >= BUSY_FRAMES and self.no_gathering_until < self.now:
-            self.gather_at = self.now + GATHER_S
-            self.watch_bus()
-
-    def gather(self) -> None:
-        """Under load: take what has come by now, and again later, as long as that is much.
-
-        Waking up costs more than a frame: at 1,000 frames/s, gathering takes half
-        of the CPU time that waking up for each one takes.
-        """
-        count, empty = self.pump(FRAMES_A_TURN)
-        if count > 1 and self.no_gathering_until < self.now:
-            self.gather_at = time.monotonic() + GATHER_S if empty else self.now
-        else:
-            self.gather_at = NEVER
-            self.watch_bus()
-
-    def drain(self) -> None:
-        """Hand out all that the kernel holds, and count what it dropped."""
-        for _ in range(FRAMES_IN_KERNEL // FRAMES_A_TURN):
-            _, empty = self.pump(FRAMES_A_TURN)
-            if empty:
-                break
-        self.bus.count_drops()
-
-    def pump(self, limit: int) -> "tuple[int, bool]":
-        """Read up to so many messages and hand the frames out; how many, and whether all."""
-        frames, empty = self.bus.read(limit)
-        if frames:
-            self.hand_out(frames)
-        return len(frames), empty
-
-    def hand_out(self, frames: "list[Frame]") -> None:
-        """Give frames to the clients that want them, but not to those that sent them."""
-        if self.options.answer_probes:
-            for can_id, data, *_ in frames:
-                if can_id & PROBE_MASK == PROBE:
-                    self.answer(can_id, data)
-        self.frames += len(frames)
-        if log.debugging:
-            self.show(frames)
-        senders = {frame[4] for frame in frames if frame[4]} if self.bus.own_wanted else ()
-        for (guid, value, mask), clients in self.views.items():
-            seen = frames
-            if mask or value:
-                seen = [frame for frame in frames if frame[0] & mask == value]
-            if not seen:
-                continue
-            lines = format_events(seen, guid, self.options.ns_timestamps)
-            block = "".join(lines).encode("ascii")
-            # A line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
-            size = block.count(b",") - 2 * len(lines)
-            for client in clients:
-                if senders and client in senders:
-                    others = [line for line, frame in zip(lines, seen) if frame[4] is not client]
-                    block_of_others = "".join(others).encode("ascii")
-                    size_of_others = block_of_others.count(b",") - 2 * len(others)
-                    client.put(others, block_of_others, size_of_others)
-                else:
-                    client.put(lines, block, size)
-
-    def show(self, frames: "list[Frame]") -> None:
-        """The lines of -d about events, and what the summary counts."""
-        for can_id, data, seconds, nanoseconds, sender in frames:
-            source = sender.short_name() if sender else self.bus.name
-            log.debug(event_row(source, can_id, data), seconds * 1000000 + nanoseconds // 1000)
-            vscp_class = can_id >> 16 & 0x1FF
-            self.by_class[vscp_class] = self.by_class.get(vscp_class, 0) + 1
-            self.in_second = self.in_second + 1 if seconds == self.second else 1
-            self.second = seconds
-            self.most_in_second = max(self.most_in_second, self.in_second)
-
-    def summary(self) -> "list[str]":
-        """What was on the bus, for -d when the daemon ends."""
-        elapsed_s = self.now - self.began
-        mean = self.frames / max(1.0, elapsed_s)
-        classes = sorted(self.by_class.items(), key=lambda item: -item[1])
-        return [f"{self.bus.name}: {counted(self.frames, 'frame')} in {duration_text(elapsed_s)}, "
-                f"{mean:.1f} per second, at most {self.most_in_second}; "
-                f"{counted(self.bus.errors, 'error frame')}",
-                *(f"{count:9} " + f"{look_up(number, 0)[0]} ({number})".lstrip()
-                  for number, count in classes)]
-
-    def short_name(self) -> str:
-        """What -d shows as the source of our own events."""
-        return self.name
-
-    def answer(self, can_id: int, data: bytes) -> None:
-        """Tell a node that looks for a server where this one is.
-
-        High end server probe and response, class 0 types 27 and 28 (VSCP
-        specification, Level I protocol): the probe may give 0 for TCP/IP and the
-        node's IPv4 address; the response is 16 capability bits, our IPv4 address
-        as the node reaches it, and the port.
-        """
-        address = self.address_for(data)
-        if address is None or len(self.answers) == MOST_ANSWERS and self.now < self.answers[0] + 1:
-            return
-        self.answers.append(self.now)
-        answer = struct.pack(">H4sH", self.capabilities & 0xFFFF, socket.inet_aton(address),
-                             self.listener.getsockname()[1])
-        try:
-            self.bus.send(can_id & 0x1C000000 | PROBE_RESPONSE, answer, self)
-        except (BusFull, VscpError) as error:
-            log.debug(f"no answer to a probe: {getattr(error, 'text', error)}")
-
-    def address_for(self, data: bytes) -> "str | None":
-        """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
-        if data and data[0] != 0:
-            return None         # it does not speak TCP/IP
-        bound = plain_address(self.listener.getsockname()[0])
-        if bound not in ("::", "0.0.0.0"):
-            return None if ":" in bound else bound
-        told = len(data) >= 5 and any(data[1:5])
-        return address_towards(socket.inet_ntoa(data[1:5]) if told else "192.0.2.1")
-
-    # --- from the clients to the bus ---
-
-    def send(self, client: Client, can_id: int, data: bytes) -> None:
-        """Send a client's frame; raises BusFull if there is no room, or others are first."""
-        self.no_gathering_until = self.now + QUIET_S
-        if self.gather_at < NEVER:
-            self.gather_at = self.now
-        if self.waiting and self.waiting[0] is not client:
-            raise BusFull(f"{self.bus.name} takes no more frames", NEVER)
-        self.bus.send(can_id, data, client)
-        if self.waiting:
-            self.waiting.popleft()
-            self.give_up_at = self.now + SEND_WAIT_S
-
-    def wait_for_room(self, client: Client, full: BusFull) -> None:
-        """The client's next line is a SEND for which the bus has no room.
-
-        All that wait stand in one line. Its head stays the head until it has sent,
-        and they give up together: when the bus has taken nothing for a second.
-        """
-        if client not in self.waiting:
-            self.waiting.append(client)
-        client.resume_at = NEVER
-        if self.waiting[0] is client:
-            self.full = full
-            self.retry_at = self.now + full.retry_s
-            if self.give_up_at == NEVER:
-                self.give_up_at = self.now + SEND_WAIT_S
-                self.soon(self.give_up_at)
-        self.watch_bus()
-
-    def send_waiting(self) -> None:
-        """Let those that wait try again, one SEND each, until one finds no room."""
-        self.retry_at = NEVER
-        for _ in range(len(self.waiting)):
-            head = self.waiting[0]
-            head.resume_at = 0.0
-            head.turn()
-            if head in self.waiting and self.waiting[0] is head:
-                if head.resume_at == NEVER:
-                    break                       # no room
-                self.waiting.popleft()          # it cannot run a line, as its peer reads nothing
-            if not self.waiting:
-                break
-        self.watch_bus()
-
-    def give_up_waiting(self) -> None:
-        """Refuse the SENDs that wait."""
-        waiting, self.waiting = self.waiting, deque()
-        self.watch_bus()
-        for client in waiting:
-            log.debug(f"{client.name} > {client.lines[0]}")
-            client.lines[0] = VscpError(self.full.text)
-            client.resume_at = 0.0
-            client.turn()
-
-    def watch_bus(self) -> None:
-        """Have the selector watch the bus for frames, unless they gather, and for room."""
-        if not self.waiting:
-            self.give_up_at = self.retry_at = NEVER
-        self.bus.watch(self.gather_at == NEVER, bool(self.waiting) and self.retry_at == NEVER)
-
-    # --- clients ---
-
-    def on_connection(self, _mask: int) -> None:
-        try:
-            sock, address = self.listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            # Out of descriptors or memory: the next tick tries again. Else its peer has gone.
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.warning(f"cannot accept a connection: {error.strerror}")
-                self.watch(self.listener, 0, self.on_connection)
-            return
-        host = plain_address(address[0])
-        try:
-            sock.setblocking(False)
-            self.drain()            # what came before is not for this client
-            client = Client(self, sock, host, address[1], self.next_channel_id())
-        except OSError as error:
-            log.debug(f"{host}: {error.strerror}")
-            sock.close()
-            return
-        if not allowed(host, self.options.allow):
-            self.refuse(client, "Invalid or unknown peer.")
-        elif len(self.clients) >= self.options.max_clients:
-            self.refuse(client, "Max number of clients connected.")
-        else:
-            self.greet(client)
-        client.turn()
-
-    def refuse(self, client: Client, reason: str) -> None:
-        """Say why, and close."""
-        log.warning(f"{client.name}: refused: {reason}")
-        client.write(refusal(reason))
-        client.leave()
-
-    def greet(self, client: Client) -> None:
-        """Say who we are, and let the client in."""
-        log.info(f"{client.name}: connected")
-        client.connected_at = self.now
-        if not self.options.guest:
-            client.log_in_by = self.now + LOG_IN_S
-        self.clients[client] = None
-        self.set_views()
-        state = self.bus.state
-        client.write(f"uvscpd.py {__version__} - micro VSCP daemon\r\n"
-                     "VSCP events between TCP clients and a CAN bus; HELP lists the commands.\r\n"
-                     + (ok(text=f"waiting for {self.bus.name}: {os.strerror(state.code)}")
-                        if state.status == AWAY
-                        else ok(text=f"Success, connected to {self.bus.name}")))
-
-    def set_views(self) -> None:
-        """Sort the clients by what they see, and have the kernel filter what nobody does."""
-        self.views = {}
-        for client in self.clients:
-            self.views.setdefault(client.view, []).append(client)
-        wanted = [(value, mask) for _, value, mask in self.views]
-        if self.options.answer_probes:
-            wanted.append((PROBE, PROBE_MASK))
-        self.bus.set_filters(wanted, len(self.clients) > 1 or self.options.answer_probes)
-
-    def on_leaving(self, client: Client) -> None:
-        """The client's slot is free, though its connection is not closed yet."""
-        self.remove(client)
-        if len(self.leaving) >= MOST_LEAVING:
-            # One that has received everything, else the one that lingers longest.
-            self.drop(min(self.leaving, key=lambda each: (bool(each.output), each.leave_by)),
-                      "too many are leaving")
-        self.leaving.add(client)
-
-    def drop(self, client: Client, reason: str) -> None:
-        """Close a connection."""
-        if client.closed:
-            return
-        client.closed = True
-        if client.interest:
-            self.watch(client.sock, 0, client.on_ready)
-        client.sock.close()
-        client.fifo.clear()         # a frame under way may keep the client for long
-        client.lines.clear()
-        client.output.clear()
-        self.remove(client)
-        self.leaving.discard(client)
-        if self.stop_by < NEVER:
-            self.soon(self.now)
-        if client.connected_at < NEVER:
-            log.info(f"{client.name}: disconnected after "
-                     f"{duration_text(self.now - client.connected_at)}: "
-                     f"{counted(client.rx_frames, 'event')}, {client.lost} lost, "
-                     f"{client.tx_frames} sent" + (f"; {reason}" if reason else ""))
-
-    def remove(self, client: Client) -> None:
-        """No events any more for this client, and no place among those that wait."""
-        if client in self.waiting:
-            self.waiting.remove(client)
-            self.watch_bus()
-        if client in self.clients:
-            del self.clients[client]
-            self.set_views()
-
-    def suspect(self, client: Client) -> None:
-        """No log-in from where this client is for half a second, over however many connections."""
-        self.suspects = {each: until for each, until in self.suspects.items() if until > self.now}
-        if len(self.suspects) < MOST_SUSPECTS:
-            self.suspects[network_of(client.host)] = self.now + WRONG_LOGIN_S
-        del self.clients[client]            # the others from there are judged before it again
-        self.clients[client] = None
-
-    def next_channel_id(self) -> int:
-        """A channel id that no client has, as long unused as possible; 0 without ids."""
-        if len(self.options.guid) == 16:
-            return 0
-        taken = {client.channel_id for client in self.clients}
-        self.last_id = self.last_id % 0xFFFF + 1
-        while self.last_id in taken:
-            self.last_id = self.last_id % 0xFFFF + 1
-        return self.last_id
-
-    def interfaces(self, client: Client) -> "list[str]":
-        """The lines of INTERFACE LIST: number, type, GUID, name; with ids, each client, too.
-
-        The types are the VSCP daemon's: 2 for a Level I driver, 4 for a TCP client.
-        """
-        lines = [f"0,2,{format_guid(client.interface_guid)},"
-                 f"{self.bus.name}|Started {self.started}"]
-        known = client.user or self.options.guest > 0       # else it learns no addresses
-        for each in sorted(self.clients, key=lambda each: each.channel_id):
-            if each.channel_id and (known or each is client):
-                lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
-                             f"{each.address}|Started {each.started}")
-        return lines
-
-
-# =============================================================================
-# 10. Addresses, options
+# 11. Options
 # =============================================================================
 # Checks all that can be checked before anything starts. A wrong value is one
 # line on stderr and exit status 2.
-
-def plain_address(address: str) -> str:
-    """An address without its zone; an IPv4 address as such, though it comes by IPv6."""
-    address = address.partition("%")[0]
-    return address[7:] if address.startswith("::ffff:") and "." in address else address
-
-
-def network_of(host: str) -> bytes:
-    """What counts as one place: an IPv4 address, the first 64 bits of an IPv6 address."""
-    if ":" in host:
-        return socket.inet_pton(socket.AF_INET6, host)[:8]
-    return socket.inet_aton(host)
-
 
 def address_towards(peer: str) -> "str | None":
     """Our IPv4 address on the way to another one; None without a way. Nothing is sent."""
@@ -2485,13 +2534,13 @@ class Parser(argparse.ArgumentParser):
         if "\0" in arg_line:
             self.error("a zero byte in an argument file")
         line = arg_line.strip()
-        option, equals, rest = re.match(            # type: ignore[union-attr]
-            r"(--[^\s=]+(?=[\s=]|$)|-[^\s-])?(?:(?<=..)(=)|)\s*(.*)", line).groups("")
-        if not option.startswith("--"):
-            equals, rest = "", equals + rest        # -P=x: the value is =x
+        option, rest = re.findall(r"(?s)^(--[^\s=]+|-[^\s-]|)(.*)", line)[0]
+        is_long = option.startswith("--")
+        equals = is_long and rest.startswith("=")       # -P=x: the value is =x
+        rest = rest[equals:].strip()
         quoted = re.fullmatch(r"""(["'])(.*?)\1(?:\s+#.*)?""", rest)
         value = quoted[2] if quoted else re.sub(r"\s+#.*" if equals else r"(^|\s+)#.*", "", rest)
-        if option.startswith("--") and (value or quoted or equals):
+        if is_long and (value or quoted or equals):
             return [f"{option}={value}"]    # in one piece, or @... would be taken for a file
         return [option + value] if option or value else []
 
@@ -2578,73 +2627,6 @@ def login_argument(text: str) -> str:
     return text
 
 
-def pattern_argument(text: str) -> "Callable[[str], bool]":
-    """Says of an address whether it is in the network or like the pattern, `*` being anything."""
-    import fnmatch
-    import ipaddress
-    byte, word = r"(\*|25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})", r"(\*|[0-9a-f]{0,4})"
-    pattern = re.sub(r"\b0+(?=[0-9a-f])", "", text.lower())      # as addresses are written
-
-    def is_like(host: str) -> bool:
-        address = ipaddress.ip_address(host)
-        fields = address.exploded.split(":")
-        # IPv6 with `::` for zeros, and without.
-        return any(fnmatch.fnmatchcase(form, pattern) for form in
-                   (str(address), ":".join([field.lstrip("0") or "0" for field in fields])))
-
-    if "*" in text and re.fullmatch(rf"{byte}(\.{byte}){{0,3}}|{word}(:{word}){{0,7}}", pattern):
-        return is_like
-    try:
-        if "%" in text:
-            raise ValueError        # Python before 3.9 does not know zones
-        network = ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise VscpError(
-            f"'{text}' is not an address, network or pattern") from None
-    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
-        # IPv4 addresses count as such, however they come.
-        network = ipaddress.ip_network(
-            f"{network.network_address.ipv4_mapped}/{network.prefixlen - 96}")
-    return lambda host: ipaddress.ip_address(host) in network
-
-
-# Who may log in: digest, the SHA-256 of NAME:PASSWORD; level, the privilege; hosts, patterns of
-# the addresses from which, none for any.
-User = namedtuple("User", "name digest level hosts")
-
-
-def password_digest(name: str, password: str) -> bytes:
-    """The SHA-256 of NAME:PASSWORD; a password `sha256:HEX` is that itself.
-
-    >>> password_digest("panel", "secret").hex()[:8]
-    'e554505b'
-    """
-    if password[:7].lower() == "sha256:":
-        if not re.fullmatch("[0-9a-fA-F]{64}", password[7:]):
-            raise VscpError("sha256: needs 64 hexadecimal digits")
-        return bytes.fromhex(password[7:])
-    return login_digest(name, password)
-
-
-def login_digest(name: str, password: str) -> bytes:
-    """The SHA-256 of NAME:PASSWORD as a client gives them, whatever the password looks like."""
-    from hashlib import sha256  # as late as this: few need it, and it takes long
-    return sha256(f"{name}:{password}".encode("ascii")).digest()
-
-
-def allowed(host: str, patterns: "list[Callable[[str], bool]]") -> bool:
-    """Whether an address is like one of the patterns; none of them: any address is."""
-    return not patterns or any(matches(host) for matches in patterns)
-
-
-def find_user(users: "dict[str, User]", name: str, password: str, host: str) -> "User | None":
-    """The user, if name, password and address are right; a wrong name takes as long."""
-    from hmac import compare_digest
-    user = users.get(name)
-    right = compare_digest(login_digest(name, password), user.digest if user else bytes(32))
-    return user if user and right and allowed(host, user.hosts) else None
-
-
 def read_users(path: str) -> "tuple[dict[str, User], bool]":
     """The users in a file: NAME PASSWORD [LEVEL [HOST...]], one per line; `#` starts a comment.
 
@@ -2670,7 +2652,7 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
                 if not re.fullmatch("[0-9]|1[0-5]", level):     # perhaps a part of the password
                     raise VscpError("the level is not a number from 0 to 15")
                 users[name] = User(name, password_digest(name, password), int(level),
-                                   [pattern_argument(word) for word in words[3:]])
+                                   [parse_pattern(word) for word in words[3:]])
         except VscpError as error:
             raise VscpError(f"line {number}: {error}") from None
     return users, public
@@ -2678,10 +2660,9 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
 
 def options_of_users(options: argparse.Namespace) -> None:
     """Make users of --users, -U and -P; raises VscpError when they do not fit."""
-    path, name, password = options.users, options.user, options.password
+    path, name, password = options.users_file, options.user, options.password
     options.public_file = ""        # the users' file, if anybody can read it
     options.users = {}              # by name; "" is -P without -U, when any name will do
-    options.lone_user = {}          # -U without -P, when the name is enough
     if options.guest is None:
         options.guest = MOST_PRIVILEGED if path is None else 0
     if path is not None:
@@ -2694,11 +2675,10 @@ def options_of_users(options: argparse.Namespace) -> None:
             raise VscpError("with --users, -U and -P go together")
         if name in options.users:
             raise VscpError(f"user {name} is in {path}, too")
-    if password is not None:
-        options.users[name or ""] = User(name or "", password_digest(name or "", password),
+    options.name_is_enough = bool(name) and password is None
+    if name or password:
+        options.users[name or ""] = User(name or "", password_digest(name or "", password or ""),
                                          MOST_PRIVILEGED, [])
-    elif name is not None:
-        options.lone_user[name] = User(name, password_digest(name, ""), MOST_PRIVILEGED, [])
 
 
 def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
@@ -2738,13 +2718,13 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
         help="clients at the same time (default %(default)s)")
 
     add = parser.add_argument_group("access").add_argument
-    add("--users", metavar="FILE",
+    add("--users", metavar="FILE", dest="users_file",
         help="users, one per line: NAME PASSWORD [LEVEL [HOST...]]")
     add("-U", "--user", metavar="NAME", type=login_argument, help="name of one more user")
     add("-P", "--password", metavar="PASSWORD", type=login_argument, help="its password")
     add("--guest", metavar="LEVEL", type=number_from(0, MOST_PRIVILEGED),
         help="privilege of clients that have not logged in, 0-15 (default 15, with --users 0)")
-    add("--allow", metavar="PATTERN", type=pattern_argument, action="append", default=[],
+    add("--allow", metavar="PATTERN", type=parse_pattern, action="append", default=[],
         help="addresses that may connect, may be repeated: 192.168.1.8, 192.168.1.* or "
              "192.168.1.0/24 (default: all)")
 
@@ -2769,7 +2749,7 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
 
 
 # =============================================================================
-# 11. Start and end
+# 12. Start and end
 # =============================================================================
 # Listens, detaches, serves. What the system refuses is one line and exit status 1.
 
@@ -2868,7 +2848,6 @@ def lock_pidfile(name: str) -> int:
 
     Raises OSError if another daemon, that is alive, has locked it.
     """
-    os.umask(0o022)
     descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2898,28 +2877,29 @@ def remove_pidfile(name: str) -> None:
         log.warning(f"cannot remove {name}: {error.strerror}")
 
 
-def tell_who_may_what(options: argparse.Namespace, everywhere: bool) -> None:
-    """Log what somebody may not be aware of about access."""
-    users = options.users or options.lone_user
+def log_access(options: argparse.Namespace, everywhere: bool) -> None:
+    """Log what an operator may not know about access to the bus."""
     if options.public_file:
         log.warning(f"others can read {options.public_file}, try: chmod o= {options.public_file}")
-    if users and options.guest == MOST_PRIVILEGED:
+    if options.users and options.guest == MOST_PRIVILEGED:
         log.warning("clients may do everything without logging in; "
                     "--guest 0 makes them log in first")
-    elif not users and options.guest < MOST_PRIVILEGED:
+    elif not options.users and options.guest < MOST_PRIVILEGED:
         log.warning("nobody can log in: there is no user (--users)")
-    elif not users and everywhere and not options.allow:
+    elif not options.users and everywhere and not options.allow:
         log.info("every host that reaches this one may use the bus (see --allow, --users, --ip)")
 
 
 def serve(options: argparse.Namespace) -> int:
     """Listen, detach unless told to stay, serve; returns the exit status."""
-    # Nothing of ours may get the number of a standard file that was closed before we began.
+    # If stdin, stdout or stderr is closed, put /dev/null there, or a socket becomes descriptor 2
+    # and gets the log.
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
     allow_descriptors(options.max_clients)
+    os.umask(0o022)         # of the pid file
     pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
     what = f"listen on {options.ip or ALL_ADDRESSES} port {options.port}"
     try:
@@ -2929,13 +2909,14 @@ def serve(options: argparse.Namespace) -> int:
     except OSError as error:
         log.error(f"uvscpd.py: cannot {what}: {error.strerror}")
         return 1
-    if options.users or options.lone_user:
+    if options.users:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
     child_end = None if options.stay else detach()
     daemon = Daemon(options, listener)
+    signal.set_wakeup_fd(daemon.wake_up_end.fileno())       # wakes the loop, which calls on_signal
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has SIGHUP ignored
-            signal.signal(number, lambda _number, _frame: daemon.stop())
+            signal.signal(number, lambda _number, _frame: None)
     try:
         if descriptor is not None:
             write_pidfile(descriptor)
@@ -2945,7 +2926,7 @@ def serve(options: argparse.Namespace) -> int:
         everywhere = host in ("::", "0.0.0.0")
         log.info(f"uvscpd.py {__version__}: listening on {ALL_ADDRESSES if everywhere else host} "
                  f"port {port}, bus {options.canbus}")
-        tell_who_may_what(options, everywhere)
+        log_access(options, everywhere)
         daemon.run()
     finally:
         daemon.close()

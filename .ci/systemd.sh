@@ -55,60 +55,32 @@ install='sudo install -m 755 uvscpd.py /usr/local/bin/
 sudo install -m 644 uvscpd.service /etc/systemd/system/
 sudo systemctl enable --now uvscpd'
 
-can_service='[Unit]
-Description=CAN interface %i
-BindsTo=sys-subsystem-net-devices-%i.device
-After=sys-subsystem-net-devices-%i.device
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStartPre=-/sbin/ip link set %i down
-ExecStart=/sbin/ip link set %i up type can bitrate 125000 restart-ms 100
-ExecStop=-/sbin/ip link set %i down
-
-[Install]
-WantedBy=sys-subsystem-net-devices-%i.device'
-
-can_service_enable='sudo systemctl enable --now can@can0'
-
-can_network='[Match]
-Name=can0
-
-[Link]
-RequiredForOnline=no
-
-[CAN]
-BitRate=125K
-RestartSec=100ms'
-
-can_network_enable='sudo systemctl restart systemd-networkd'
+can_rule='sudo tee /etc/udev/rules.d/80-can.rules <<'\''EOF'\''
+SUBSYSTEM=="net", ACTION=="add", KERNEL=="can*", RUN+="/sbin/ip link set %k up type can bitrate 125000 restart-ms 100"
+EOF
+sudo udevadm control --reload && sudo udevadm trigger --action=add --sysname-match='\''can*'\'
 
 second_bus="sed 's/can0/can1/g; s/--stay/--stay --port 8599/' uvscpd.service | sudo tee /etc/systemd/system/uvscpd-can1.service
 sudo systemctl enable --now uvscpd-can1"
 
-arguments='--user admin
+password='sudo sh -c '\''umask 077; cat >/etc/uvscpd.conf'\'' <<'\''EOF'\''
+--user admin
 --password secret
---guest 0'
-
-password='[Service]
+--guest 0
+EOF
+sudo mkdir -p /etc/systemd/system/uvscpd.service.d
+sudo tee /etc/systemd/system/uvscpd.service.d/password.conf <<'\''EOF'\''
+[Service]
 LoadCredential=uvscpd:/etc/uvscpd.conf
 ExecStart=
-ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can0 @%d/uvscpd'
+ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can0 @%d/uvscpd
+EOF
+sudo systemctl daemon-reload && sudo systemctl restart uvscpd'
 
-password_enable='sudo chmod 600 /etc/uvscpd.conf
-sudo systemctl daemon-reload
-sudo systemctl restart uvscpd'
-
-upgrade='sudo install -m 755 uvscpd.py /usr/local/bin/
-sudo systemctl restart uvscpd'
+upgrade='sudo install -m 755 uvscpd.py /usr/local/bin/ && sudo systemctl restart uvscpd'
 
 user() {  # COMMANDS: run by somebody who may sudo, at home
     runuser -l somebody -c "set -e; $1" >/tmp/output 2>&1 || { cat /tmp/output; fail "$1"; }
-}
-
-user_writes() {  # FILE TEXT
-    user "printf '%s\n' $(printf %q "$2") | sudo tee $1"
 }
 
 
@@ -219,24 +191,18 @@ if [ "$(<"$job/start")" = 1 ]; then
     systemctl --quiet is-enabled "$unit" || fail "it is not enabled"
     await 10 "STATUS: $(property StatusText)" status_text "can0: *"
 
-    step "... and has can0 brought up by systemd-networkd"
+    step "... and has can0 and can1 brought up by udev, while systemd-networkd runs the network"
+    active systemd-networkd || fail "systemd-networkd does not run"
     link_down can0 || fail "it is up already"
-    user_writes /etc/systemd/network/can0.network "$can_network"
-    user "$can_network_enable"
-    await 20 "can0 is not up" link_up can0
-    [[ $(ip -details link show can0) = *"bitrate 125000"* ]] || fail "its bit rate is wrong"
-    [[ $(ip -details link show can0) = *"restart-ms 100"* ]] || fail "its restart-ms is wrong"
+    user "$can_rule"
+    for name in can0 can1; do
+        await 20 "$name is not up" link_up "$name"
+        [[ $(ip -details link show "$name") = *"bitrate 125000"* ]] || fail "the bit rate of $name is wrong"
+        [[ $(ip -details link show "$name") = *"restart-ms 100"* ]] || fail "restart-ms of $name is wrong"
+    done
     await 10 "STATUS: $(property StatusText)" status_text "can0: OK*"
 
-    step "... and can1 by a unit, though it was up"
-    ip link set can1 up type can bitrate 500000
-    user_writes /etc/systemd/system/can@.service "$can_service"
-    user "${can_service_enable/can0/can1}"
-    link_up can1 || fail "can1 is not up"
-    [[ $(ip -details link show can1) = *"bitrate 125000"* ]] || fail "its bit rate is wrong"
-    [[ $(ip -details link show can1) = *"restart-ms 100"* ]] || fail "its restart-ms is wrong"
-
-    step "... and a second daemon on it"
+    step "... and a second daemon on can1"
     user "$second_bus"
     active uvscpd-can1 || fail "it is not active"
     connect 8599
@@ -295,7 +261,7 @@ echo "$device" >/sys/bus/pci/drivers/kvaser_pci/unbind
 await 10 "no warning" logged warning can0
 ask "send 96,20,3,0,,0,-" "-OK - *"
 
-step "... and takes it again: systemd brings it up, SEND works"
+step "... and takes it again: udev brings it up, SEND works"
 echo "$device" >/sys/bus/pci/drivers/kvaser_pci/bind
 await 20 "can0 does not come back" [ -e /sys/class/net/can0 ]
 await 20 "can0 is not up" link_up can0
@@ -303,10 +269,10 @@ await 10 "SEND does not work again" sends
 both_ways
 disconnect
 
-step "the same with can1, brought up by a unit"
+step "the same with can1"
 device=$(basename "$(realpath /sys/class/net/can1/device)")
 echo "$device" >/sys/bus/pci/drivers/kvaser_pci/unbind
-await 20 "can@can1 does not end" property_is ActiveState inactive can@can1
+[ ! -e /sys/class/net/can1 ] || fail "can1 is still there"
 echo "$device" >/sys/bus/pci/drivers/kvaser_pci/bind
 await 20 "can1 does not come back" [ -e /sys/class/net/can1 ]
 await 20 "can1 is not up" link_up can1
@@ -363,10 +329,8 @@ exec {client}>&-
 same "warnings" "" "$(messages warning)"
 
 step "a password by LoadCredential: a client has to log in"
-user_writes /etc/uvscpd.conf "$arguments"
-user "sudo mkdir -p /etc/systemd/system/uvscpd.service.d"
-user_writes /etc/systemd/system/uvscpd.service.d/password.conf "$password"
-user "$password_enable"
+user "$password"
+same "mode of the file" "600 root" "$(stat -c '%a %U' /etc/uvscpd.conf)"
 connect
 ask cdta "-OK - Need to log in*"
 ask "user admin"
@@ -400,9 +364,11 @@ own_guid ip FF:FF:FF:FF:FF:FF:FF:FD:A:0:2:F
 
 step "README shows the texts used here"
 readme=$(<"$job/README.md")
-for name in install can_service can_service_enable can_network can_network_enable second_bus arguments password \
-    password_enable upgrade; do
+for name in install can_rule second_bus password upgrade; do
+    text=${!name}
     # shellcheck disable=SC2001     # its lines that are not empty, indented
-    text=$(sed 's/./    &/' <<<"${!name}")
-    [[ $'\n'$readme$'\n' = *$'\n'"$text"$'\n'* ]] || { echo "$text"; fail "not this"; }
+    indented=$(sed 's/./    &/' <<<"$text")
+    # A fenced block, an indented one, or within a sentence
+    [[ $readme = *$'\n```\n'"$text"$'\n```\n'* || $readme = *$'\n\n'"$indented"$'\n\n'* || $readme = *"\`$text\`"* ]] ||
+        { echo "$text"; fail "not this"; }
 done
