@@ -42,6 +42,7 @@ its clock for one, runs only under .ci/kernel.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import doctest
 import errno
@@ -359,6 +360,11 @@ def talk(transcript: str, *peers: Peer) -> None:
             exchange(peers["ABCDEF".find(packet[0].who)], packet)
 
 
+def say(peer: Peer, *lines: str) -> None:
+    """Play one client's lines of a transcript, each in one packet: `rcvloop ; chid | 0 | +OK`."""
+    talk("\n".join(f"A> {line}" for line in lines), peer)
+
+
 ROWS = list(dict.fromkeys(uvscpd.COMMANDS.values()))      # of the commands, as HELP lists them
 
 
@@ -422,6 +428,15 @@ def load_tests(_loader: unittest.TestLoader, tests: unittest.TestSuite,
 MEGABYTE = 1 << 20
 
 
+def until(condition: Callable[[], object], tell: Callable[[], object] = str,
+          limit_s: float = TIMEOUT) -> None:
+    """Ask again and again until this is true; fails with what `tell` returns once it is late."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {limit_s} s: {tell()}")
+
+
 def memory(daemon: DaemonProcess | Relay) -> int:
     """The most resident memory that it has had, in bytes."""
     with open(f"/proc/{daemon.process.pid}/status", encoding="ascii") as file:
@@ -434,10 +449,8 @@ def descriptors(daemon: DaemonProcess) -> int:
 
 def await_descriptors(daemon: DaemonProcess, most: int, peer: Peer) -> None:
     """Wait until there are no more; `peer` gives the daemon its turns."""
-    deadline = time.monotonic() + TIMEOUT
-    while descriptors(daemon) > most:
-        if peer.ask("noop") != ["+OK"] or time.monotonic() > deadline:
-            raise AssertionError(f"{descriptors(daemon)} descriptors, not {most}")
+    until(lambda: peer.ask("noop") == ["+OK"] and descriptors(daemon) <= most,
+          lambda: f"{descriptors(daemon)} descriptors, not {most}")
 
 
 def cpu_time(daemon: DaemonProcess | Relay) -> float:
@@ -660,26 +673,10 @@ class OwnDaemonTestCase(unittest.TestCase):
         self.assertRegex(result.stderr, rf"\A{message}.*\n\Z")
 
 
-def say(peer: Peer, *lines: str) -> None:
-    """Play one client's lines of a transcript, each in one packet: `rcvloop ; chid | 0 | +OK`."""
-    for steps in (parse_line("> " + line) for line in lines):
-        peer.send(*(step.text for step in steps if step.what == ">"))
-        peer.expect(*(step.text for step in steps if step.what == "<"))
-
-
 def send_all(peer: Peer, numbers: range) -> None:
     """Send numbered events, each of which must be answered `+OK`."""
     send_events(peer, numbers)
     peer.expect(*["+OK"] * len(numbers))
-
-
-def until(condition: Callable[[], object], tell: Callable[[], object] = str,
-          limit_s: float = TIMEOUT) -> None:
-    """Ask again and again until this is true; fails with what `tell` returns once it is late."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {limit_s} s: {tell()}")
 
 
 @contextlib.contextmanager
@@ -2541,6 +2538,17 @@ class PortabilityTest(OwnDaemonTestCase):
             result = run("-I", "-S", *program, "--version")
             self.assertEqual((result.stdout, result.stderr, result.returncode),
                              (f"uvscpd.py {uvscpd.__version__}\n", "", 0))
+
+    def test_Python_that_is_too_old(self) -> None:
+        with open(PROGRAM, encoding="utf-8") as file:
+            source = file.read()
+        if sys.version_info >= (3, 8):
+            ast.parse(source, feature_version=(3, 6))
+        self.assertNotIn("from __future__ import annotations", source)
+        result = run("-c", "import sys; sys.version_info = (3, 6); exec(open(sys.argv[1]).read())",
+                     PROGRAM)
+        self.assertEqual((result.stdout, result.stderr, result.returncode),
+                         ("", "uvscpd.py: Python 3.7 or newer is needed\n", 1))
 
     def test_session_with_the_modules_of_python3_light(self) -> None:
         daemon = self.start("-d", "-U", "Admin", "-P", "secRet",
