@@ -1938,7 +1938,7 @@ class DiscoveryTest(OwnDaemonTestCase):
         for now, answers in ((100.0, 10), (100.99, 0), (101.0, 10), (200.0, 10)):
             daemon.now = now
             for _ in range(30):
-                daemon.answer(27 << 8, b"")
+                daemon.answer_probe(27 << 8, b"")
             self.assertEqual(len(daemon.bus.read(99)[0]), answers, now)
 
 
@@ -2209,7 +2209,8 @@ class ArgumentTest(OwnDaemonTestCase):
         ("-P 'a \"b' # c", ["-Pa \"b"]), ("-P 'a b\"", ["-P'a b\""]),
         ("--password 'my #1'", ["--password=my #1"]), ('--password="a" # b', ["--password=a"]),
         ("--password se#cret", ["--password=se#cret"]), ("-Pse=cret", ["-Pse=cret"]),
-        ("--password se=cret", ["--password=se=cret"]), ("-P =x", ["-P=x"]),
+        ("--password se=cret", ["--password=se=cret"]), ("-P=x", ["-P=x"]),
+        ("-P =x", ["-P", "=x"]), ("-P '=x'", ["-P", "=x"]), ("--password =x", ["--password==x"]),
         ("-P '@x'", ["-P@x"]), ("--password @x", ["--password=@x"]),
         ("--pidfile ''", ["--pidfile="]), ('-P"a"', ["-Pa"]),
         ("'quoted' # comment", ["quoted"]), ("--a 'b", ["--a='b"]),
@@ -2228,6 +2229,13 @@ class ArgumentTest(OwnDaemonTestCase):
             with self.subTest(line):
                 self.assertEqual(uvscpd.Parser().convert_arg_line_to_args(line), arguments)
 
+    def test_passwords_in_a_file_of_arguments(self) -> None:
+        for line, password in (("-P =x", "=x"), ("-P '=x'", "=x"), ("--password =x", "=x"),
+                               ("-P=x", "x"), ("-P @x", "@x"), ("--password '#x'", "#x")):
+            with self.subTest(line):
+                options = uvscpd.parse_arguments(["@" + self.file(line)])
+                self.assertEqual(options.password, password)
+
     def test_no_password_in_an_error(self) -> None:
         for arguments in (["--passwrd=geheim"], ["--p=geheim"], ["-P", "my", "geheim"],
                           ["--password=geh eim"], ["-P", "geheim\xe9"]):
@@ -2240,6 +2248,8 @@ class ArgumentTest(OwnDaemonTestCase):
         for argument in self.BAD_ARGUMENTS:
             self.assert_bad_argument(argument)
         self.assert_bad_argument("--nonsense", "unrecognized arguments: --nonsense, see --help$")
+        for option in ("port", "users", "guest", "allow", "max-clients"):
+            self.assert_bad_argument(f"--{option}=--", "")
         self.assert_bad_argument("@/no/file", "cannot read /no/file: No such file or directory$")
 
     def test_bad_users_file(self) -> None:
@@ -2387,6 +2397,20 @@ class ProcessTest(OwnDaemonTestCase):
         while peer.read_line() != "(closed)":
             pass
         self.assertEqual(peer.heard[-2], STOPPING)
+
+    def test_SIGTERM_with_many_clients(self) -> None:
+        daemon = self.start("--max-clients", "150")
+        peers = [self.connect(daemon) for _ in range(150)]
+        daemon.process.send_signal(signal.SIGTERM)
+        for peer in peers:
+            peer.expect(STOPPING, "(closed)")
+
+    def test_SIGTERM_until_it_has_ended(self) -> None:
+        for _ in range(5):
+            daemon = self.start("--pidfile", self.file(""))
+            while daemon.process.poll() is None:
+                daemon.process.send_signal(signal.SIGTERM)
+            self.assertEqual(daemon.process.returncode, 0)
 
     def test_SIGHUP_under_nohup(self) -> None:
         daemon = self.start(prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
@@ -3097,6 +3121,16 @@ class BusStateTest(KernelTestCase):
             a.ask("cdta")                   # takes it in
             self.await_state(a, "OK")
             say(a, event(1))
+
+    def test_interface_deleted_and_added_at_once(self) -> None:
+        a = self.connect()
+        with self.daemon.paused():
+            self.unplug()
+            self.plug_in()
+        self.await_state(a, "OK")
+        say(a, event(1))
+        self.await_log([f"<4>{InterfaceTest.MISSING}",
+                        "<6>vcan7: the bus is back, was: interface vcan7: No such device"])
 
     def test_many_error_frames(self) -> None:
         a, node, begin = self.connect(), self.node(), time.monotonic()

@@ -165,8 +165,8 @@ class VscpError(argparse.ArgumentTypeError):
 class Later(Exception):
     """A command cannot be run yet; its line runs again at the time `at`.
 
-    NEVER: once the bus has room. The text says why it has none; after `retry_s`
-    it is worth trying again, NEVER when poll reports room.
+    For a SEND that waits for room on the bus `at` is NEVER, the text says why there
+    is none, and `retry_s` how soon to try again (NEVER: poll will report room).
     """
 
     def __init__(self, at: float, text: str = "", retry_s: float = NEVER) -> None:
@@ -714,15 +714,14 @@ class Bus:
         self.filters: list[tuple[int, int]] = []    # value and mask, as in View
         self.shared = False                 # somebody wants to get what another one sent
         # Own frames come back, confirmed, in the order in which they were sent: CAN id, data,
-        # sender and number of those that have not. By the numbers those are found that too many
-        # others have overtaken. Empty as long as nobody wants them back.
+        # sender and number of those that have not. The numbers show which were overtaken by too
+        # many others; those are given up. Empty as long as nobody wants them back.
         self.own: deque[tuple[int, bytes, Client | Daemon, int]] = deque(maxlen=MOST_UNDER_WAY)
         self.sent = 1                       # the number of the next one
         self.own_wanted = False             # whether the kernel now gives back own frames
         self.state = self.logged = self.worst = BUS_WELL   # now, as logged, the worst since
-        # The interface went, or the controller gave up: own frames with lower numbers than this
-        # that have not come back never will. read() forgets them once it has read everything
-        # that came before; then, and usually, it is 0.
+        # The interface went, or the controller gave up: own frames numbered below this are lost,
+        # unless they have come back and are still to be read. 0 once read() has forgotten them.
         self.lost_before = 0
         self.bus_offs = self.warnings = 0   # since the daemon was started
         self.overruns = 0                   # frames that the kernel or the controller dropped
@@ -756,7 +755,7 @@ class Bus:
         self.dropped = 0
         self.set_filters(self.filters, self.shared)
         self.watch(True, False)
-        self.look_up()
+        self.check_interface()
 
     def set_options(self, sock: socket.socket) -> None:
         """Set what does not depend on the clients."""
@@ -799,7 +798,7 @@ class Bus:
         A state that came and went since is logged, too, however often it did.
         """
         if self.sock is not None:
-            self.look_up()
+            self.check_interface()
         elif interface_exists(self.name):       # else each try makes the kernel look for a module
             self.open()
         worst, self.worst = self.worst, self.state
@@ -812,13 +811,13 @@ class Bus:
             self.logged = worst
         self.want_own()
 
-    def look_up(self) -> None:
+    def check_interface(self) -> None:
         """Ask how the interface is doing: gone, down, without a carrier or well."""
         if self.sock is None or self.virtual:
             return
         try:
             if self.sock.getsockname()[0] != self.name:
-                raise OSError(errno.ENODEV, "")     # a new one of this name is not ours
+                raise OSError(errno.ENXIO, "")      # a new one of this name is not ours
             request = struct.pack("16s24x", self.name.encode())     # struct ifreq
             flags, = struct.unpack_from("=H", fcntl.ioctl(self.sock, SIOCGIFFLAGS, request), 16)
         except OSError as error:
@@ -846,7 +845,10 @@ class Bus:
 
     def set_away(self, code: "int | None") -> None:
         """The interface cannot be used, for this errno: note it with the advice that helps."""
-        name, code = self.name, errno.ENODEV if code == errno.ENXIO else code or errno.EIO
+        name = self.name
+        # ENODEV: there is none, or bind() says that it is not CAN. ENXIO: ours was removed.
+        foreign = code == errno.ENODEV and interface_exists(name)
+        code = errno.ENODEV if code == errno.ENXIO else code or errno.EIO
         up = f"ip link set {name} up" + " type can bitrate 125000" * (name[:3] == "can")
         modprobe = "modprobe can_raw; on OpenWrt install kmod-can and kmod-can-raw"
         text, advice = {
@@ -854,7 +856,7 @@ class Bus:
             errno.EAFNOSUPPORT: ("no CAN support (Address family not supported)", modprobe),
             errno.EPROTONOSUPPORT: ("no raw CAN support (Protocol not supported)", modprobe),
         }.get(code, (f"interface {name}: {os.strerror(code)}", ""))
-        if code == errno.ENODEV and interface_exists(name):
+        if foreign:
             text = f"{name} is not a CAN interface"
         elif code == errno.ENODEV and name[:4] == "vcan":
             advice = f"ip link add dev {name} type vcan && {up}"
@@ -907,7 +909,7 @@ class Bus:
     def send(self, can_id: int, data: bytes, sender: "Client | Daemon") -> None:
         """Put a frame onto the bus.
 
-        Raises BusFull when there is no room at the moment, VscpError, with what
+        Raises Later when there is no room at the moment, VscpError, with what
         helps, when the bus cannot take it.
         """
         if self.out is None:
@@ -921,7 +923,8 @@ class Bus:
                 raise Later(NEVER, f"{self.name} takes no more frames: nobody acknowledges, "
                             "bus off, or too much traffic",
                             NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
-            if not self.lost_before:    # the first that we hear of it; it may be back already
+            # The kernel reports once that the interface went; it may be up again: try once more.
+            if not self.lost_before:
                 self.lost_before = self.sent
                 self.send(can_id, data, sender)
                 return
@@ -967,7 +970,7 @@ class Bus:
             if empty:
                 self.forget_own(self.lost_before)
                 self.lost_before = 0
-                self.look_up()
+                self.check_interface()
             elif limit < FRAMES_IN_KERNEL:
                 rest, empty = self.read(FRAMES_IN_KERNEL)
                 frames += rest
@@ -1782,7 +1785,7 @@ class Daemon:
         self.status_at = NEVER                  # systemd gets new numbers
         self.tick_at = self.now
         self.gather_at = NEVER                  # under load: the bus is not watched until then
-        self.retry_at = NEVER                   # for the head of those that wait
+        self.retry_at = NEVER                   # for the first of those that wait
         self.full_text = ""                     # why it waits
         self.give_up_at = NEVER                 # if the bus takes nothing until then
         self.no_gathering_until = 0.0           # somebody waits for the answer to a SEND
@@ -1869,6 +1872,7 @@ class Daemon:
         for client in list(self.clients):
             client.write(refusal("uvscpd is stopping"))
             client.leave()
+            client.turn()           # sends it, before too many are leaving
         self.soon(self.now)
 
     def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
@@ -1937,7 +1941,7 @@ class Daemon:
         if self.options.answer_probes:
             for can_id, data, *_ in frames:
                 if can_id & PROBE_MASK == PROBE:
-                    self.answer(can_id, data)
+                    self.answer_probe(can_id, data)
         self.frames += len(frames)
         if log.debugging:
             self.show(frames)
@@ -1977,10 +1981,10 @@ class Daemon:
         return [f"{self.bus.name}: {counted(self.frames, 'frame')} in {duration_text(elapsed_s)}, "
                 f"{mean:.1f} per second, at most {self.most_in_second}; "
                 f"{counted(self.bus.errors, 'error frame')}",
-                *(f"{count:9} " + f"{look_up(number, 0)[0]} ({number})".lstrip()
+                *(f"{count:9} " + f"{names_of(number, 0)[0]} ({number})".lstrip()
                   for number, count in classes)]
 
-    def answer(self, can_id: int, data: bytes) -> None:
+    def answer_probe(self, can_id: int, data: bytes) -> None:
         """Tell a node that looks for a server where this one is.
 
         High end server probe and response, class 0 types 27 and 28 (VSCP
@@ -2012,7 +2016,7 @@ class Daemon:
     # --- from the clients to the bus ---
 
     def send(self, client: Client, can_id: int, data: bytes) -> None:
-        """Send a client's frame; raises BusFull if there is no room, or others are first."""
+        """Send a client's frame; raises Later if there is no room, or others are first."""
         self.no_gathering_until = self.now + QUIET_S
         if self.gather_at < NEVER:
             self.gather_at = self.now
@@ -2026,8 +2030,8 @@ class Daemon:
     def wait_for_room(self, client: Client, full: Later) -> None:
         """The client's next line is a SEND for which the bus has no room.
 
-        All that wait stand in one line. Its head stays the head until it has sent,
-        and they give up together: when the bus has taken nothing for a second.
+        All that wait are in one queue. The first one stays the first until it has
+        sent, and they give up together: when the bus has taken no frame for a second.
         """
         if client not in self.waiting:
             self.waiting.append(client)
@@ -2042,11 +2046,11 @@ class Daemon:
     def send_waiting(self) -> None:
         """Let those that wait try again, one SEND each, until one finds no room."""
         self.retry_at = NEVER
-        for head in list(self.waiting):
-            head.resume_at = 0.0
-            head.turn()
-            if self.waiting and self.waiting[0] is head:
-                if head.resume_at == NEVER:
+        for first in list(self.waiting):
+            first.resume_at = 0.0
+            first.turn()
+            if self.waiting and self.waiting[0] is first:
+                if first.resume_at == NEVER:
                     break                       # no room
                 self.waiting.popleft()          # it cannot run a line, as its peer reads nothing
         self.watch_bus()
@@ -2056,10 +2060,11 @@ class Daemon:
         waiting, self.waiting = self.waiting, deque()
         self.watch_bus()
         for client in waiting:
-            log.debug(f"{client.name} > {client.lines[0]}")
-            client.lines[0] = VscpError(self.full_text)
-            client.resume_at = 0.0
-            client.turn()
+            if not client.closed:           # by the turn of another one
+                log.debug(f"{client.name} > {client.lines[0]}")
+                client.lines[0] = VscpError(self.full_text)
+                client.resume_at = 0.0
+                client.turn()
 
     def watch_bus(self) -> None:
         """Have the selector watch the bus for frames, unless they gather, and for room."""
@@ -2070,6 +2075,8 @@ class Daemon:
     # --- clients ---
 
     def on_connection(self, _mask: int) -> None:
+        if self.stop_by < NEVER:            # a signal came in the same turn
+            return
         try:
             sock, address = self.listener.accept()
         except BlockingIOError:
@@ -2310,13 +2317,13 @@ def event_names() -> "dict[tuple[str, int], tuple[str, str]]":
 
 
 @lru_cache(maxsize=1024)
-def look_up(vscp_class: int, vscp_type: int) -> "tuple[str, str, str]":
+def names_of(vscp_class: int, vscp_type: int) -> "tuple[str, str, str]":
     """The names of a class and a type, and what is noted on the type; "" for what is unknown.
 
     Classes 60, 65, 70 and 85 have the types of class 10; those of 11-14, and so of
     61-64 and the like, are further types (VSCP specification, Measurements).
 
-    >>> look_up(65, 6), look_up(20, 3), look_up(90, 3)
+    >>> names_of(65, 6), names_of(20, 3), names_of(90, 3)
     (('MEASUREZONE', 'TEMPERATURE', 'K,C,F'), ('INFORMATION', 'ON', 'index'), ('WEATHER', '', ''))
     """
     class_name, class_note = event_names().get(("CLASS", vscp_class), ("", ""))
@@ -2331,7 +2338,7 @@ def event_name(vscp_class: int, vscp_type: int) -> str:
     >>> event_name(20, 3), event_name(90, 3), event_name(400, 3)
     ('INFORMATION ON (20.3)', 'WEATHER (90.3)', '(400.3)')
     """
-    class_name, type_name, _ = look_up(vscp_class, vscp_type)
+    class_name, type_name, _ = names_of(vscp_class, vscp_type)
     return " ".join(filter(None, (class_name, type_name, f"({vscp_class}.{vscp_type})")))
 
 
@@ -2434,7 +2441,7 @@ def event_meaning(can_id: int, data: bytes) -> str:
     '21.5 C, sensor 2'
     """
     vscp_class, vscp_type = can_id >> 16 & 0x1FF, can_id >> 8 & 0xFF
-    note = look_up(vscp_class, vscp_type)[2]
+    note = names_of(vscp_class, vscp_type)[2]
     try:
         if vscp_class == 0:
             return protocol_meaning(vscp_type, data)
@@ -2521,7 +2528,7 @@ class Parser(argparse.ArgumentParser):
         text = re.sub(r"(--[\w-]+)=\S*", r"\1", text)
         if text.startswith("unrecognized arguments"):
             names = [word for word in text.split() if word.startswith("-")]
-            text = " ".join(["unrecognized arguments:", *names]) + ", see --help"
+            text = " ".join(["unrecognized arguments" + ":" * bool(names), *names]) + ", see --help"
         log.error(f"{self.prog}: {' '.join(text.split())}")
         self.exit(2)
 
@@ -2535,13 +2542,15 @@ class Parser(argparse.ArgumentParser):
             self.error("a zero byte in an argument file")
         line = arg_line.strip()
         option, rest = re.findall(r"(?s)^(--[^\s=]+|-[^\s-]|)(.*)", line)[0]
-        is_long = option.startswith("--")
-        equals = is_long and rest.startswith("=")       # -P=x: the value is =x
+        is_long, glued = option.startswith("--"), rest.startswith("=")
+        equals = is_long and glued
         rest = rest[equals:].strip()
         quoted = re.fullmatch(r"""(["'])(.*?)\1(?:\s+#.*)?""", rest)
         value = quoted[2] if quoted else re.sub(r"\s+#.*" if equals else r"(^|\s+)#.*", "", rest)
         if is_long and (value or quoted or equals):
             return [f"{option}={value}"]    # in one piece, or @... would be taken for a file
+        if option and value.startswith("=") and not glued:
+            return [option, value]          # in one piece argparse would drop the `=`
         return [option + value] if option or value else []
 
 
@@ -2623,7 +2632,7 @@ def interface_argument(text: str) -> str:
 def login_argument(text: str) -> str:
     # What a client can give: one word of a command line.
     if not re.fullmatch("[!-~]{1,255}", text):
-        raise VscpError("only printable ASCII characters without spaces")
+        raise VscpError("only printable ASCII characters without spaces, 255 at most")
     return text
 
 
@@ -2659,7 +2668,7 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
 
 
 def options_of_users(options: argparse.Namespace) -> None:
-    """Make users of --users, -U and -P; raises VscpError when they do not fit."""
+    """Turn --users, -U and -P into users; raises VscpError when they do not fit together."""
     path, name, password = options.users_file, options.user, options.password
     options.public_file = ""        # the users' file, if anybody can read it
     options.users = {}              # by name; "" is -P without -U, when any name will do
@@ -2741,6 +2750,10 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
         options = parser.parse_args(arguments)
     except (ValueError, RecursionError) as error:
         parser.error(f"bad argument file: {error}")
+    # Before Python 3.13, argparse drops the value of `--port=--`.
+    values = [value for name, value in vars(options).items() if name != "allow"]
+    if [] in [*values, *options.allow]:
+        parser.error("the value of an option cannot be --")
     try:
         options_of_users(options)
     except VscpError as error:
@@ -2754,6 +2767,7 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
 # Listens, detaches, serves. What the system refuses is one line and exit status 1.
 
 ALL_ADDRESSES = "all addresses"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def listen(ip: "str | None", port: int) -> socket.socket:
@@ -2870,7 +2884,7 @@ def remove_pidfile(name: str) -> None:
     """Remove the file, unless it is another daemon's by now."""
     try:
         with open(name, encoding="ascii", errors="replace") as file:
-            ours = file.read() == f"{os.getpid()}\n"
+            ours = file.read(20) == f"{os.getpid()}\n"
         if ours:
             os.unlink(name)
     except OSError as error:
@@ -2913,8 +2927,9 @@ def serve(options: argparse.Namespace) -> int:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
     child_end = None if options.stay else detach()
     daemon = Daemon(options, listener)
-    signal.set_wakeup_fd(daemon.wake_up_end.fileno())       # wakes the loop, which calls on_signal
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    # A signal wakes the loop, which calls on_signal.
+    signal.set_wakeup_fd(daemon.wake_up_end.fileno(), warn_on_full_buffer=False)
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has SIGHUP ignored
             signal.signal(number, lambda _number, _frame: None)
     try:
@@ -2930,6 +2945,8 @@ def serve(options: argparse.Namespace) -> int:
         daemon.run()
     finally:
         daemon.close()
+        for number in STOP_SIGNALS:         # one more would end Python's own end, with its status
+            signal.signal(number, signal.SIG_IGN)
         if pidfile:
             remove_pidfile(pidfile)
     if log.debugging:
