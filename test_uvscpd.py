@@ -85,7 +85,6 @@ RETURN_S = 10                   # what takes a second or less, on slow machines 
 F_SETPIPE_SZ = 1031             # Python has it since 3.10
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
 
-needs_can = unittest.skipUnless(CAN, "UVSCPD_TEST_CAN is not set")
 needs_guest = unittest.skipUnless(CAN and os.path.exists("/proc/1/root/job/command"),
                                   "UVSCPD_TEST_CAN is not set, or this is not .ci/kernel")
 needs_time = unittest.skipUnless(os.environ.get("UVSCPD_TEST_LONG"),
