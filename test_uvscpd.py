@@ -82,9 +82,13 @@ CAN = os.environ.get("UVSCPD_TEST_CAN", "")
 BUS = CAN or ":virtual:"
 TIMEOUT = 30                    # seconds; reached only when something is broken
 RETURN_S = 10                   # what takes a second or less, on slow machines less than this
+MEGABYTE = 1 << 20
 F_SETPIPE_SZ = 1031             # Python has it since 3.10
+ROWS = list(dict.fromkeys(uvscpd.COMMANDS.values()))      # of the commands, as HELP lists them
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
 
+needs_root = unittest.skipUnless(CAN and os.geteuid() == 0,
+                                 "UVSCPD_TEST_CAN is not set, or this is not root")
 needs_guest = unittest.skipUnless(CAN and os.path.exists("/proc/1/root/job/command"),
                                   "UVSCPD_TEST_CAN is not set, or this is not .ci/kernel")
 needs_time = unittest.skipUnless(os.environ.get("UVSCPD_TEST_LONG"),
@@ -104,6 +108,12 @@ def run(*arguments: str, **popen: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments until it ends."""
     return subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, env=ENVIRONMENT,
                           capture_output=True, text=True, timeout=TIMEOUT, **popen)
+
+
+def changed_program(source: str) -> tuple[str, ...]:
+    """uvscpd.py after these lines, as arguments of Python."""
+    return "-c", "\n".join((f"import sys; sys.path.insert(0, {HERE!r}); import uvscpd",
+                            inspect.cleandoc(source), "sys.exit(uvscpd.main())"))
 
 
 class DaemonProcess:
@@ -364,9 +374,6 @@ def say(peer: Peer, *lines: str) -> None:
     talk("\n".join(f"A> {line}" for line in lines), peer)
 
 
-ROWS = list(dict.fromkeys(uvscpd.COMMANDS.values()))      # of the commands, as HELP lists them
-
-
 class DaemonTestCase(unittest.TestCase):
     """Tests with a daemon for all of them. Each title in TRANSCRIPTS becomes a test."""
 
@@ -417,16 +424,6 @@ class DaemonTestCase(unittest.TestCase):
                     self.fail(f"{way}: {error}")
 
 
-def load_tests(_loader: unittest.TestLoader, tests: unittest.TestSuite,
-               _pattern: str | None) -> unittest.TestSuite:
-    """The examples in the docstrings of uvscpd.py are tests, too."""
-    tests.addTests(doctest.DocTestSuite(uvscpd))
-    return tests
-
-
-MEGABYTE = 1 << 20
-
-
 def until(condition: Callable[[], object], tell: Callable[[], object] = str,
           limit_s: float = TIMEOUT) -> None:
     """Ask again and again until this is true; fails with what `tell` returns once it is late."""
@@ -459,6 +456,22 @@ def cpu_time(daemon: DaemonProcess | Relay) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@contextlib.contextmanager
+def idle(daemon: DaemonProcess) -> Iterator[None]:
+    """Meanwhile the daemon has next to nothing to do."""
+    cpu_before, before = cpu_time(daemon), time.monotonic()
+    yield
+    share = (cpu_time(daemon) - cpu_before) / (time.monotonic() - before)
+    if share > 0.3:
+        raise AssertionError(f"the daemon takes {share:.0%} of a processor")
+
+
+def watched(daemon: uvscpd.Daemon) -> tuple[bool, bool]:
+    """Whether the selector watches the bus for frames, and for room."""
+    sockets = daemon.selector.get_map()
+    return daemon.bus.sock in sockets, daemon.bus.out in sockets
+
+
 def number_text(number: int) -> str:
     """A number as four data bytes of an event."""
     return ",".join(map(str, number.to_bytes(4, "big")))
@@ -468,6 +481,12 @@ def send_events(peer: Peer, numbers: Iterable[int]) -> None:
     """Send numbered events; the replies are not read."""
     peer.sock.sendall("".join(f"send 96,20,3,0,,0,-,{number_text(number)}\n"
                               for number in numbers).encode())
+
+
+def send_all(peer: Peer, numbers: range) -> None:
+    """Send numbered events, each of which must be answered `+OK`."""
+    send_events(peer, numbers)
+    peer.expect(*["+OK"] * len(numbers))
 
 
 def read_numbers(peer: Peer, last: int) -> list[int]:
@@ -480,6 +499,31 @@ def read_numbers(peer: Peer, last: int) -> list[int]:
         if line != b"+OK\r\n":
             numbers.append(int.from_bytes(map(int, line.split(b",")[-4:]), "big"))
     return numbers[1:]
+
+
+def event(vscp_type: int, *data: int) -> str:
+    """The command that sends an event of class 20."""
+    return ",".join(map(str, (f"send 96,20,{vscp_type},0,,0,-", *data)))
+
+
+def seen(vscp_type: int, *data: int) -> str:
+    """The line that the others get."""
+    return ",".join(map(str, (f"96,20,{vscp_type},0,*,#,::0", *data)))
+
+
+def content(line: str) -> tuple[int, ...]:
+    """Type and data of an event line."""
+    fields = line.split(",")
+    return tuple(map(int, (fields[2], *fields[7:])))
+
+
+def event_lines(peer: Peer, count: int) -> list[str]:
+    """The next events of a client in the receive loop."""
+    lines: list[str] = []
+    while len(lines) < count:
+        line = peer.read_line()
+        lines += [line] if line != "+OK" else []
+    return lines
 
 
 def visit(port: int, manner: tuple[bool, ...]) -> None:
@@ -497,6 +541,7 @@ def visit(port: int, manner: tuple[bool, ...]) -> None:
 
 
 MANNERS = list(itertools.product((False, True), repeat=4))
+
 
 class NarrowPeer(Peer):
     """A greeted client whose connection holds only some kilobytes that it has not read."""
@@ -670,28 +715,6 @@ class OwnDaemonTestCase(unittest.TestCase):
         result = run(PROGRAM, *arguments)
         self.assertEqual((result.returncode, result.stdout), (status, ""))
         self.assertRegex(result.stderr, rf"\A{message}.*\n\Z")
-
-
-def send_all(peer: Peer, numbers: range) -> None:
-    """Send numbered events, each of which must be answered `+OK`."""
-    send_events(peer, numbers)
-    peer.expect(*["+OK"] * len(numbers))
-
-
-@contextlib.contextmanager
-def idle(daemon: DaemonProcess) -> Iterator[None]:
-    """Meanwhile the daemon has next to nothing to do."""
-    cpu_before, before = cpu_time(daemon), time.monotonic()
-    yield
-    share = (cpu_time(daemon) - cpu_before) / (time.monotonic() - before)
-    if share > 0.3:
-        raise AssertionError(f"the daemon takes {share:.0%} of a processor")
-
-
-def changed_program(source: str) -> tuple[str, ...]:
-    """uvscpd.py after these lines, as arguments of Python."""
-    return "-c", "\n".join((f"import sys; sys.path.insert(0, {HERE!r}); import uvscpd",
-                            inspect.cleandoc(source), "sys.exit(uvscpd.main())"))
 
 
 # =============================================================================
@@ -1072,12 +1095,6 @@ class BusTest(unittest.TestCase):
                                  [f":virtual:: {text}"] * bool(text))
 
 
-def watched(daemon: uvscpd.Daemon) -> tuple[bool, bool]:
-    """Whether the selector watches the bus for frames, and for room."""
-    sockets = daemon.selector.get_map()
-    return daemon.bus.sock in sockets, daemon.bus.out in sockets
-
-
 # =============================================================================
 # 7. Client
 # =============================================================================
@@ -1349,6 +1366,7 @@ class CommandTest(DaemonTestCase):
         > setfilter 256,0,0,::0     | -OK - format error in filter frame
         > setfilter 0,0,65536,::0   | -OK - format error in filter frame
     """
+
 
 class ReceiveLoopTest(DaemonTestCase):
     TRANSCRIPTS = """
@@ -2709,9 +2727,6 @@ class ReadmeTest(OwnDaemonTestCase):
 # the kernel's driver for CAN adapters on serial lines (slcan): its master is the
 # adapter.
 
-needs_root = unittest.skipUnless(CAN and os.geteuid() == 0,
-                                 "UVSCPD_TEST_CAN is not set, or this is not root")
-
 SIOCGIFNAME, SIOCSIFFLAGS, N_SLCAN = 0x8910, 0x8914, 17
 FLOOD = 9000                    # frames, more than the kernel holds for the daemon
 
@@ -2724,31 +2739,6 @@ def set_up(name: str, up: bool) -> None:
     """What `ip link set NAME up` and `down` do, at once."""
     with socket.socket() as sock:
         fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), up))
-
-
-def event(vscp_type: int, *data: int) -> str:
-    """The command that sends an event of class 20."""
-    return ",".join(map(str, (f"send 96,20,{vscp_type},0,,0,-", *data)))
-
-
-def seen(vscp_type: int, *data: int) -> str:
-    """The line that the others get."""
-    return ",".join(map(str, (f"96,20,{vscp_type},0,*,#,::0", *data)))
-
-
-def content(line: str) -> tuple[int, ...]:
-    """Type and data of an event line."""
-    fields = line.split(",")
-    return tuple(map(int, (fields[2], *fields[7:])))
-
-
-def event_lines(peer: Peer, count: int) -> list[str]:
-    """The next events of a client in the receive loop."""
-    lines: list[str] = []
-    while len(lines) < count:
-        line = peer.read_line()
-        lines += [line] if line != "+OK" else []
-    return lines
 
 
 class Node:
@@ -4570,6 +4560,13 @@ RUNS: dict[str, tuple[Callable[..., None], str, dict[str, Any]]] = {    # and th
               "minutes, by the stopwatch (see the section Benchmark) 4.",
               {"iface": "", "seconds": 5.0}),
 }
+
+
+def load_tests(_loader: unittest.TestLoader, tests: unittest.TestSuite,
+               _pattern: str | None) -> unittest.TestSuite:
+    """The examples in the docstrings of uvscpd.py are tests, too."""
+    tests.addTests(doctest.DocTestSuite(uvscpd))
+    return tests
 
 
 def main() -> int:
