@@ -1856,6 +1856,60 @@ class TurnTest(OwnDaemonTestCase):
                     self.assertEqual(client.closed, closed)
             daemon.drop(client, "")
 
+    def test_every_time_has_its_tick(self) -> None:
+        daemon = self.inside()
+        clients = [self.connected(daemon)[0] for _ in range(2)]
+        for client in clients:
+            client.lines.append("rcvloop")
+            client.turn()
+            daemon.now += 0.03
+        daemon.now = clients[0].stream_at
+        daemon.tick()
+        self.assertEqual(daemon.tick_at, clients[1].stream_at)
+    def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
+        daemon = self.inside()
+        client, other_end = self.connected(daemon)
+        with mock.patch.object(daemon.bus, "send",
+                               side_effect=uvscpd.Later(uvscpd.NEVER, "no room")):
+            client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
+            client.turn()
+            client.sign_at = daemon.now
+            daemon.tick()
+            daemon.now += uvscpd.SEND_WAIT_S
+            daemon.tick()
+            daemon.tick()
+        self.assertTrue(other_end.recv(4096).endswith(
+            b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
+    def test_nothing_is_sent_for_own_events(self) -> None:
+        daemon = self.inside()
+        (client, _), (other, _) = self.connected(daemon), self.connected(daemon)
+        with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
+            daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
+        self.assertEqual((own.called, others.called), (False, True))
+    def test_who_waits_for_the_bus_gives_up_together(self) -> None:
+        daemon = self.inside()
+        clients = [self.connected(daemon)[0] for _ in range(9)]
+        full = uvscpd.Later(uvscpd.NEVER, "full")
+        with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
+            for client in clients:
+                client.lines.extend(["send 96,20,3,0,,0,-"])
+                client.turn()
+            self.assertEqual(list(daemon.waiting), clients)
+            self.assertEqual(watched(daemon), (True, True))
+            self.assertEqual(send.call_count, 1)            # the others see that it has no room
+            daemon.now += uvscpd.SEND_WAIT_S - 0.1
+            send.side_effect = [None, full]
+            daemon.send_waiting()                           # the bus moves, so they have time
+            self.assertEqual(list(daemon.waiting), clients[1:])
+            daemon.now += uvscpd.SEND_WAIT_S - 0.1
+            send.side_effect = full
+            daemon.tick()
+            self.assertEqual(list(daemon.waiting), clients[1:])
+            daemon.now += 0.2
+            daemon.tick()
+        self.assertEqual([len(client.lines) for client in clients], [0] * 9)
+        self.assertFalse(daemon.waiting)
+
 
 class ClientIdTest(OwnDaemonTestCase):
     BASE = "FF:FF:FF:FF:FF:FF:FF:F5:1:2:3:4"
@@ -2530,6 +2584,35 @@ class ProcessTest(OwnDaemonTestCase):
         log = daemon.stop()
         self.assertIn("chid", log)
         self.assertNotIn("secRet", log)
+
+    def test_too_few_descriptors_to_start(self) -> None:
+        for most, word in ((32, "--max-clients 40"), *((most, "") for most in range(4, 10))):
+            result = run(*changed_program(f"""
+                import resource
+                resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}))
+            """), "-s", "-p", "0", "-c", BUS, "--max-clients", "40", "--pidfile", "/no/pid")
+            with self.subTest(most=most):
+                self.assertEqual((result.returncode, result.stdout), (2, ""))
+                self.assertRegex(result.stderr, rf"\Auvscpd\.py: .*{word}.*\n\Z")
+    def test_pidfile(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            file = pathlib.Path(directory, "pid")
+            daemon = DaemonProcess("--pidfile", str(file))
+            self.addCleanup(daemon.process.kill)
+            pid = daemon.process.pid
+            result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--pidfile", str(file))
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertRegex(result.stderr,
+                             rf"\Auvscpd\.py: .*{file}: process {pid} is alive.*\n\Z")
+            self.assertEqual(file.read_text(), f"{pid}\n")
+            daemon.process.kill()               # what it leaves behind is of no importance
+            daemon.process.wait()
+            file.write_text(f"{os.getpid()}\nand more")
+            again = self.start("--pidfile", str(file))
+            self.assertEqual(file.read_text(), f"{again.process.pid}\n")
+            file.write_text("1\n")             # another one's by now: it stays
+            again.stop()
+            self.assertEqual(file.read_text(), "1\n")
 
 
 # =============================================================================
@@ -3728,16 +3811,6 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertLess(max(order.index(number) for number in range(5)),
                         min(len(order) - order[::-1].index(number) for number in range(5)))
 
-    def test_every_time_has_its_tick(self) -> None:
-        daemon = self.inside()
-        clients = [self.connected(daemon)[0] for _ in range(2)]
-        for client in clients:
-            client.lines.append("rcvloop")
-            client.turn()
-            daemon.now += 0.03
-        daemon.now = clients[0].stream_at
-        daemon.tick()
-        self.assertEqual(daemon.tick_at, clients[1].stream_at)
 
     def test_client_reset_while_its_command_takes_events_in(self) -> None:
         daemon = self.inside()
@@ -3824,81 +3897,10 @@ class TroubleTest(OwnDaemonTestCase):
         for peer in peers:
             peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
 
-    def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
-        daemon = self.inside()
-        client, other_end = self.connected(daemon)
-        with mock.patch.object(daemon.bus, "send",
-                               side_effect=uvscpd.Later(uvscpd.NEVER, "no room")):
-            client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
-            client.turn()
-            client.sign_at = daemon.now
-            daemon.tick()
-            daemon.now += uvscpd.SEND_WAIT_S
-            daemon.tick()
-            daemon.tick()
-        self.assertTrue(other_end.recv(4096).endswith(
-            b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
 
-    def test_nothing_is_sent_for_own_events(self) -> None:
-        daemon = self.inside()
-        (client, _), (other, _) = self.connected(daemon), self.connected(daemon)
-        with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
-            daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
-        self.assertEqual((own.called, others.called), (False, True))
 
-    def test_who_waits_for_the_bus_gives_up_together(self) -> None:
-        daemon = self.inside()
-        clients = [self.connected(daemon)[0] for _ in range(9)]
-        full = uvscpd.Later(uvscpd.NEVER, "full")
-        with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
-            for client in clients:
-                client.lines.extend(["send 96,20,3,0,,0,-"])
-                client.turn()
-            self.assertEqual(list(daemon.waiting), clients)
-            self.assertEqual(watched(daemon), (True, True))
-            self.assertEqual(send.call_count, 1)            # the others see that it has no room
-            daemon.now += uvscpd.SEND_WAIT_S - 0.1
-            send.side_effect = [None, full]
-            daemon.send_waiting()                           # the bus moves, so they have time
-            self.assertEqual(list(daemon.waiting), clients[1:])
-            daemon.now += uvscpd.SEND_WAIT_S - 0.1
-            send.side_effect = full
-            daemon.tick()
-            self.assertEqual(list(daemon.waiting), clients[1:])
-            daemon.now += 0.2
-            daemon.tick()
-        self.assertEqual([len(client.lines) for client in clients], [0] * 9)
-        self.assertFalse(daemon.waiting)
 
-    def test_too_few_descriptors_to_start(self) -> None:
-        for most, word in ((32, "--max-clients 40"), *((most, "") for most in range(4, 10))):
-            result = run(*changed_program(f"""
-                import resource
-                resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}))
-            """), "-s", "-p", "0", "-c", BUS, "--max-clients", "40", "--pidfile", "/no/pid")
-            with self.subTest(most=most):
-                self.assertEqual((result.returncode, result.stdout), (2, ""))
-                self.assertRegex(result.stderr, rf"\Auvscpd\.py: .*{word}.*\n\Z")
 
-    def test_pidfile(self) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            file = pathlib.Path(directory, "pid")
-            daemon = DaemonProcess("--pidfile", str(file))
-            self.addCleanup(daemon.process.kill)
-            pid = daemon.process.pid
-            result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--pidfile", str(file))
-            self.assertEqual((result.returncode, result.stdout), (1, ""))
-            self.assertRegex(result.stderr,
-                             rf"\Auvscpd\.py: .*{file}: process {pid} is alive.*\n\Z")
-            self.assertEqual(file.read_text(), f"{pid}\n")
-            daemon.process.kill()               # what it leaves behind is of no importance
-            daemon.process.wait()
-            file.write_text(f"{os.getpid()}\nand more")
-            again = self.start("--pidfile", str(file))
-            self.assertEqual(file.read_text(), f"{again.process.pid}\n")
-            file.write_text("1\n")             # another one's by now: it stays
-            again.stop()
-            self.assertEqual(file.read_text(), "1\n")
 
     def test_bug_in_a_command(self) -> None:
         daemon = DaemonProcess(program=changed_program("""
