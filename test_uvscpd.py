@@ -81,7 +81,7 @@ PROGRAM = os.path.join(HERE, "uvscpd.py")
 CAN = os.environ.get("UVSCPD_TEST_CAN", "")
 BUS = CAN or ":virtual:"
 TIMEOUT = 30                    # seconds; reached only when something is broken
-RETURN_S = 10                   # what takes a second or less, on slow machines less than this
+SHORT_TIMEOUT = 10              # seconds; for what takes one or less, more on a slow machine
 MEGABYTE = 1 << 20
 F_SETPIPE_SZ = 1031             # Python has it since 3.10
 ROWS = list(dict.fromkeys(uvscpd.COMMANDS.values()))      # of the commands, as HELP lists them
@@ -179,7 +179,7 @@ class DaemonProcess:
     def await_log(self, text: str) -> str:
         """Wait until it has logged something that matches; returns the log."""
         with self.logged:
-            if not self.logged.wait_for(lambda: re.search(text, self.log), RETURN_S):
+            if not self.logged.wait_for(lambda: re.search(text, self.log), SHORT_TIMEOUT):
                 raise AssertionError(f"nothing like {text!r} in the log:\n{self.log}")
             return self.log
 
@@ -2747,7 +2747,7 @@ class ReadmeTest(OwnDaemonTestCase):
 
     def hear(self, read_line: Callable[[], str], shown: list[str]) -> None:
         """Read lines, which must be those that README shows; signs of life may come in between."""
-        skipping, deadline = False, time.monotonic() + RETURN_S
+        skipping, deadline = False, time.monotonic() + SHORT_TIMEOUT
         for line in map(self.normal, shown):
             heard = line if line == "..." else self.normal(read_line())
             while (heard != line and (skipping or heard == "+OK") and heard[0] != "("
@@ -2912,7 +2912,8 @@ class KernelTestCase(unittest.TestCase):
     def await_state(self, peer: Peer, text: str, status: str = "[0-4]") -> None:
         """Wait until INFO says so."""
         wanted = f'{status},.*,"{pattern(text)}"'
-        until(lambda: re.fullmatch(wanted, peer.ask("info")[0]), lambda: peer.heard[-2], RETURN_S)
+        until(lambda: re.fullmatch(wanted, peer.ask("info")[0]), lambda: peer.heard[-2],
+              SHORT_TIMEOUT)
 
     def assert_senders_known(self, *peers: Peer) -> None:
         """Events of the same content from everybody: each client gets all but his own."""
@@ -2933,7 +2934,7 @@ class KernelTestCase(unittest.TestCase):
             return [line for line in self.daemon.log.splitlines()
                     if not re.search("connected|listening|stopped", line)]
 
-        until(lambda: log() == wanted, log, RETURN_S)
+        until(lambda: log() == wanted, log, SHORT_TIMEOUT)
 
 
 class FramesTest(KernelTestCase):
@@ -3383,7 +3384,7 @@ class UnderWayTest(KernelTestCase):
 
     def await_sent(self, peer: Peer, command: str) -> None:
         """Give this command until it is done."""
-        until(lambda: peer.ask(command) == ["+OK"], lambda: peer.heard[-1], RETURN_S)
+        until(lambda: peer.ask(command) == ["+OK"], lambda: peer.heard[-1], SHORT_TIMEOUT)
 
     def test_sender_leaves(self) -> None:
         self.netem("delay 100ms")
@@ -3496,7 +3497,7 @@ class NobodyConnectedTest(OwnDaemonTestCase):
 
     def setUp(self) -> None:
         self.node = Node(BUS, listening=True)
-        self.node.sock.settimeout(RETURN_S)
+        self.node.sock.settimeout(SHORT_TIMEOUT)
         self.addCleanup(self.node.sock.close)
 
     def test_probe_is_answered(self) -> None:
@@ -4287,7 +4288,7 @@ def run_node(interface: str) -> None:
             sock.send(struct.pack("=IB3x8s", 0x8C000A05, 2, bytes([register, 42])))
 
 
-def start(*arguments: str) -> tuple[subprocess.Popen[str], int]:
+def start_python(*arguments: str) -> tuple[subprocess.Popen[str], int]:
     """Python with these arguments, once it is ready, and the port that it listens on."""
     process = subprocess.Popen([*PYTHON, *arguments], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -4297,7 +4298,7 @@ def start(*arguments: str) -> tuple[subprocess.Popen[str], int]:
     return process, int((re.findall(r"port (\d+)", line) or [0])[0])
 
 
-def program(function: Callable[[str], None], argument: str) -> tuple[str, str]:
+def code_of(function: Callable[[str], None], argument: str) -> tuple[str, str]:
     """The arguments to run this function, with what these functions need and nothing else."""
     return "-c", "\n".join(["from __future__ import annotations",
                             "import errno, selectors, socket, struct, sys, time",
@@ -4305,7 +4306,7 @@ def program(function: Callable[[str], None], argument: str) -> tuple[str, str]:
                             f"{function.__name__}({argument!r})"])
 
 
-def end(process: subprocess.Popen[str]) -> None:
+def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
 
@@ -4315,12 +4316,13 @@ class Relay:
 
     def __init__(self, kind: str, interface: str, *options: str) -> None:
         self.kind = kind
-        self.process, self.port = start(*(program(run_floor, interface) if kind == "floor" else (
+        arguments = code_of(run_floor, interface) if kind == "floor" else (
             uvscpd.__file__, "-s", "-p", "0", "-i", "127.0.0.1", "-c", interface or ":virtual:",
-            *options)))
+            *options)
+        self.process, self.port = start_python(*arguments)
         self.target = (f"can:{interface}" if interface else
                        f"udp:{self.port}" if kind == "floor" else f"tcp:{self.port}")
-        self.sender, _ = start(*program(run_sender, self.target))
+        self.sender, _ = start_python(*code_of(run_sender, self.target))
         self.clients: list[socket.socket] = []
 
     def connect(self, receive: bool = True) -> socket.socket:
@@ -4425,8 +4427,8 @@ class Relay:
     def close(self) -> None:
         for sock in self.clients:
             sock.close()
-        end(self.sender)
-        end(self.process)
+        kill(self.sender)
+        kill(self.process)
 
 
 def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
@@ -4435,7 +4437,7 @@ def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
 
     def note(what: str, figure: float) -> None:
         figures[what] = figure
-        progress(f"{kind}: {what}: {number(figure)}")
+        progress(f"{kind}: {what}: {figure_text(figure)}")
 
     rounds = int(40 * seconds)
     for count, who in ((1, "1 client"), (5, "5 clients"), (20, "20 clients")):
@@ -4451,14 +4453,14 @@ def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
             relay.lone_frame_us(10)
             note("lone frame, 1 client", relay.lone_frame_us(rounds))
             if kind == "daemon" and interface:
-                node, _ = start(*program(run_node, interface))
+                node, _ = start_python(*code_of(run_node, interface))
                 asker = relay.clients[0]
                 for row, register in zip(FIGURES, (0, 0, 1, 2)):
                     relay.question_us(10, register, asker)
                     note(row[0], relay.question_us(rounds, register, asker))
                     if asker is relay.clients[0]:       # from now on one sends, one receives
                         asker = relay.connect(receive=False)
-                end(node)
+                kill(node)
         elif count == 5:
             note("lone frame, last of 5", relay.lone_frame_us(rounds))
             note("flat out, 5 clients: delivered", relay.load(0, int(3000 * seconds))[2])
@@ -4501,7 +4503,7 @@ def run_cpu_s(*arguments: str) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def number(figure: float) -> str:
+def figure_text(figure: float) -> str:
     return f"{figure:,.0f}" if figure >= 100 else f"{figure:.2f}"
 
 
@@ -4520,7 +4522,7 @@ def run_benchmark(iface: str, seconds: float) -> None:
         if what in daemon:
             ours, its = daemon[what], floor.get(what, 0.0)
             missed = wanted and not eval(f"{ours} {wanted}", {"floor": its})
-            print(f"{what:46}{number(ours):>9}{number(its) if what in floor else '':>10}"
+            print(f"{what:46}{figure_text(ours):>9}{figure_text(its) if what in floor else '':>10}"
                   f"{f'{ours / its:.2f}' if its else '':>7}  {unit:5}"
                   + f"{wanted}{'  MISSED' if missed else ''}" * stopwatch)
 
