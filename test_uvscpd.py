@@ -1187,7 +1187,7 @@ class ClientTest(DaemonTestCase):
             B> retr 9   | 96,20,1,0,*,#,::0 | 96,20,3,0,*,#,::0 | -OK - No event(s) available
         """, self.connect(), b)
 
-    def test_connection_closed_without_a_word_or_reset(self) -> None:
+    def test_connection_closed_or_reset_without_QUIT(self) -> None:
         for _ in range(10):
             Peer(self.daemon.port).__exit__()
         a, b = self.connect(), self.connect()
@@ -1544,7 +1544,7 @@ class AccessTest(OwnDaemonTestCase):
             peer.expect("...", "...", "+OK...", "+OK", "+OK" if peer is peers[-1] else WRONG)
         self.assertGreaterEqual(time.monotonic() - begin, 2.5 - 0.01)
 
-    def test_who_does_not_log_in_within_30_s_is_sent_away(self) -> None:
+    def test_no_log_in_within_30_s(self) -> None:
         users = self.file("zero zz 0")
         log_in = ["user zero", "pass zz"]
         for guest, steps, sent_away in (        # what it sends, how long then nothing happens
@@ -1581,7 +1581,7 @@ class AccessTest(OwnDaemonTestCase):
             peer.expect("...", "...", "+OK...")
             talk(f"> cdta | {NOT_ALLOWED}\n> user a ; pass b ; cdta | 0 $ | +OK", peer)
 
-    def test_who_may_what_is_logged(self) -> None:
+    def test_who_may_use_the_bus_is_logged(self) -> None:
         everything = "clients may do everything without logging in"
         for arguments, text, mode, message in (
                 (["-U", "a", "-P", "b"], "", 0, everything),
@@ -1601,7 +1601,7 @@ class AccessTest(OwnDaemonTestCase):
                 self.assertEqual([line[:len(message)] for line in log[1:-1]],
                                  [message] if message else [], log)
 
-    def test_INTERFACE_tells_addresses_only_to_who_may_know(self) -> None:
+    def test_INTERFACE_shows_no_addresses_to_a_guest_without_privilege(self) -> None:
         for guest, count in (("0", 2), ("1", 3)):
             daemon = self.start("-U", "a", "-P", "b", "--guest", guest, "-g", ClientIdTest.BASE)
             a, b = self.connect(daemon), self.connect(daemon)
@@ -1666,7 +1666,7 @@ class FanOutTest(DaemonTestCase):
         A> retr 3       | 96,20,3,0,*,#,::0 | 96,20,4,0,*,#,::0 | 96,20,5,0,*,#,::0 | +OK
     """
 
-    def test_events_before_the_connection(self) -> None:
+    def test_events_from_before_the_connection(self) -> None:
         a = self.connect()
         a.ask("send 96,20,1,0,,0,-")
         talk("""
@@ -1675,7 +1675,7 @@ class FanOutTest(DaemonTestCase):
             B> retr 2   | 96,20,2,0,*,#,::0 | -OK - No event(s) available
         """, a, self.connect())
 
-    def test_what_is_on_the_way_is_taken_in(self) -> None:
+    def test_commands_take_in_what_is_on_the_way(self) -> None:
         a, b = self.connect(), self.connect()
         event = "96,20,1,0,*,#,::0"
         for commands, replies in (
@@ -1816,7 +1816,7 @@ class TurnTest(OwnDaemonTestCase):
             daemon.drain()
             client.fifo.clear()
 
-    def test_end_comes_at_once_when_all_have_gone(self) -> None:
+    def test_SIGTERM_ends_at_once_when_all_clients_have_gone(self) -> None:
         for with_client in (False, True):
             daemon = self.inside()
             client = self.connected(daemon)[0] if with_client else None
@@ -1856,7 +1856,7 @@ class TurnTest(OwnDaemonTestCase):
                     self.assertEqual(client.closed, closed)
             daemon.drop(client, "")
 
-    def test_every_time_has_its_tick(self) -> None:
+    def test_next_tick_is_the_earliest_time(self) -> None:
         daemon = self.inside()
         clients = [self.connected(daemon)[0] for _ in range(2)]
         for client in clients:
@@ -1886,7 +1886,7 @@ class TurnTest(OwnDaemonTestCase):
         with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
             daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
         self.assertEqual((own.called, others.called), (False, True))
-    def test_who_waits_for_the_bus_gives_up_together(self) -> None:
+    def test_clients_that_wait_for_the_bus_give_up_together(self) -> None:
         daemon = self.inside()
         clients = [self.connected(daemon)[0] for _ in range(9)]
         full = uvscpd.Later(uvscpd.NEVER, "full")
@@ -2039,7 +2039,7 @@ class SystemdTest(OwnDaemonTestCase):
             while text not in sock.recv(1000).decode():
                 pass
 
-    def test_what_it_is_told(self) -> None:
+    def test_READY_STATUS_WATCHDOG_STOPPING(self) -> None:
         directory = os.path.dirname(self.file(""))
         for address in (os.path.join(directory, "not"), os.path.join(directory, "@n"), ""):
             sock, name = self.notify_socket(address)
@@ -2051,7 +2051,7 @@ class SystemdTest(OwnDaemonTestCase):
             daemon.stop()
             self.await_texts(sock, "STOPPING=1")
 
-    def test_READY_comes_though_the_queue_was_full(self) -> None:
+    def test_READY_when_the_queue_was_full(self) -> None:
         sock, name = self.notify_socket()
         other, _ = self.notify_socket()
         other.setblocking(False)
@@ -2062,7 +2062,7 @@ class SystemdTest(OwnDaemonTestCase):
         self.connect(daemon)                # it has tried by now
         self.await_texts(sock, "READY=1")
 
-    def test_it_is_told_again_if_it_did_not_listen(self) -> None:
+    def test_READY_again_when_systemd_did_not_listen(self) -> None:
         daemon = self.inside()
         name = self.file("") + ".sock"
         with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
@@ -2073,7 +2073,7 @@ class SystemdTest(OwnDaemonTestCase):
         self.assertEqual(self.heard(sock),
                          ["READY=1\nSTATUS=:virtual:: OK, 0 clients, 0 frames, 0 lost"])
 
-    def test_numbers_every_ten_seconds(self) -> None:
+    def test_STATUS_numbers_every_ten_seconds(self) -> None:
         daemon = self.inside()
         sock, name = self.notify_socket()
         with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
@@ -2085,7 +2085,7 @@ class SystemdTest(OwnDaemonTestCase):
                 self.assertEqual(self.heard(sock), [
                     f"READY=1\nSTATUS=:virtual:: OK, 0 clients, {frames} frames, 0 lost"] * told)
 
-    def test_how_often_it_wants_to_hear(self) -> None:
+    def test_watchdog_period(self) -> None:
         pid = str(os.getpid())
         for environment, seconds in (
                 ({}, uvscpd.NEVER), ({"WATCHDOG_USEC": "3000000"}, 1.5),
@@ -2475,7 +2475,7 @@ class ProcessTest(OwnDaemonTestCase):
                     self.assert_ends(1, f".*{word}", "-c", BUS, "-i", "127.0.0.1",
                                      *arguments, *foreground)
 
-    def test_errors_that_end_it(self) -> None:
+    def test_errors_that_end_the_daemon(self) -> None:
         for error, status, text in (
                 (uvscpd.VscpError("no"), 2, r"uvscpd\.py: no"),
                 (OSError(errno.EIO, "no", "/x"), 1, r"uvscpd\.py: /x: no\n.* Traceback .*"),
@@ -2512,7 +2512,7 @@ class ProcessTest(OwnDaemonTestCase):
                     else:
                         self.assertRaises(ConnectionRefusedError, daemon.connect, host)
 
-    def test_IPv6_that_is_not_there(self) -> None:
+    def test_no_IPv6(self) -> None:
         for code, wanted in ((errno.EAFNOSUPPORT, [socket.AF_INET6, socket.AF_INET]),
                              (errno.EADDRNOTAVAIL, [socket.AF_INET6, socket.AF_INET]),
                              (errno.EMFILE, [socket.AF_INET6])):
@@ -3080,7 +3080,7 @@ class SendersTest(KernelTestCase):
             bus.send(7, b"", SENDERS[name])
             self.assertEqual(read(), [SENDERS[name]])
 
-    def test_interface_goes_under_SENDs(self) -> None:
+    def test_interface_goes_down_or_away_during_SENDs(self) -> None:
         a, b, c = (self.connect() for _ in range(3))
         for go, come in ((self.go_down, self.go_up), (self.unplug, self.plug_in)):
             a.send(*[event(7)] * 400)
@@ -3520,7 +3520,7 @@ class HintTest(OwnDaemonTestCase):
     """What to do about an interface: in INFO, in the reply to SEND and in the log."""
 
     @needs_root
-    def test_no_CAN_interface_or_none_at_all(self) -> None:
+    def test_interface_that_is_not_CAN_or_missing(self) -> None:
         for name, told, not_told in (
                 ("lo", r"\blo\b.* no(t a)? CAN interface", "ip link"),
                 ("can7", r"\bcan7\b.*(adapter|driver)", "ip link set can7 up")):
@@ -3706,7 +3706,7 @@ class PatienceTest(OwnDaemonTestCase):
                 self.assertNotIn("(", reader.heard[-1])
 
     @needs_guest
-    def test_vanished_peers_go(self) -> None:
+    def test_vanished_clients_are_dropped(self) -> None:
         daemon = self.start()
         used = descriptors(daemon)
         for command in ("noop", "rcvloop"):             # to the latter there is always more to send
@@ -3732,7 +3732,7 @@ class TroubleTest(OwnDaemonTestCase):
                 self.assertEqual(read_numbers(observer, 399), list(range(400)))
                 observer.expect("+OK")
 
-    def test_memory_of_those_who_quit(self) -> None:
+    def test_memory_of_clients_that_quit(self) -> None:
         daemon, count, no_events = self.start(), 250, ("sflt 0,0,9,::0", "smsk 0,0,255,::0")
         sender = self.connect(daemon)
         say(sender, *no_events)
@@ -3751,7 +3751,7 @@ class TroubleTest(OwnDaemonTestCase):
             used.append(memory(daemon))
         self.assertLess(used[-1] - used[0], MEGABYTE)   # the lines of two rounds are 2.2 MB
 
-    def test_client_that_vanished_is_noticed(self) -> None:
+    def test_keepalive_notices_a_vanished_client(self) -> None:
         client, _ = self.connected(self.inside())
         # After 60 + 4 * 15 s without an acknowledgement, but who reads slowly is not gone.
         for option, value in (("NODELAY", 1), ("KEEPIDLE", 60), ("KEEPINTVL", 15), ("KEEPCNT", 4),
@@ -3878,7 +3878,7 @@ class TroubleTest(OwnDaemonTestCase):
                     key.data(mask)
         self.assertEqual(client.stream_at, uvscpd.NEVER)
 
-    def test_who_lingers_longest_goes_when_too_many_do(self) -> None:
+    def test_too_many_linger_and_the_longest_is_dropped(self) -> None:
         daemon = self.inside("--max-clients", "200")
         clients = [self.connected(daemon)[0] for _ in range(uvscpd.MOST_LEAVING + 2)]
         clients[0].output += b"not yet sent"
