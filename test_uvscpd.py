@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tests of uvscpd.py through its public faces: functions, TCP, the command line.
+"""Tests of uvscpd.py: its functions, its TCP protocol, its command line.
 
     python3 test_uvscpd.py                          all tests, on the virtual bus
     python3 test_uvscpd.py CommandTest              one class, or Class.test
@@ -11,33 +11,34 @@
     python3 test_uvscpd.py bench [IFACE [SECONDS]]  a table of figures
 
 A test of a command is a transcript of what clients A, B ... send and get. To add one,
-write three lines into TRANSCRIPTS of CommandTest, as these:
+write lines like these into TRANSCRIPTS of CommandTest:
 
     test_SGID_then_GGID
         A> sgid ::5
         A> ggid                     | ::5 | +OK
 
-    >  commands with ` ; ` between them, and behind each `|` a line of the last one's
-       reply; the others, and this one if there is no `|`, are answered `+OK`
-    <  other lines to get: A< 96,20,3,0,*,#,::5,0,1,35
+    >  commands to send, with ` ; ` between them; each `|` starts a line of the last
+       one's reply. The others, and the last one without a `|`, must get `+OK`
+    <  further lines to get: A< 96,20,3,0,*,#,::5,0,1,35
     =  wait until so many events are buffered for this client: A= 1
 
-`*` stands for a date and time, `#` for a timestamp, `*,#` for both as in an event,
-`...` for any text, `::5` for a GUID that ends with 5 after zeros, `$` for a line's
-end with a space before it, and `(closed)` for the end of the connection. What one
-client sends without a blank line between goes in one packet. Each transcript is run
-in four ways (DaemonTestCase.play), on a daemon of its own if arguments for one stand
-behind the title.
+The letter may be missing if there is only one client. `*` stands for a date and time,
+`#` for a timestamp, `*,#` for both as in an event, `...` for any text, `::5` for a
+GUID of zeros that ends with 5, ` $` for a space at the end of a line, and `(closed)`
+for the end of the connection. Successive `>` lines of one client go in one packet,
+unless a blank line stands between them. Each transcript runs in four ways
+(DaemonTestCase.play); if arguments stand behind its title, on a daemon of its own.
 
-The sections are those of uvscpd.py, in its order. What changes the whole machine,
-its clock for one, runs only under .ci/kernel.
+The sections are those of uvscpd.py, in its order, then the files, a real kernel,
+abuse, and the long runs. A test that changes the whole machine, its clock for one,
+runs only under .ci/kernel.
 """
 
 # =============================================================================
 # Imports, tools
 # =============================================================================
-# A daemon, its clients, transcripts. Nothing here waits by sleeping, and time
-# limits are only for what would otherwise never end.
+# A daemon, its clients, transcripts. No test sleeps to wait for something: sleeping
+# only sets the pace of a load. A time limit only ends what would never end by itself.
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "uvscpd.py")
 CAN = os.environ.get("UVSCPD_TEST_CAN", "")
 BUS = CAN or ":virtual:"
-TIMEOUT = 30                    # seconds; reached only when something is broken
+TIMEOUT = 30                    # seconds; reached only if something is broken
 SHORT_TIMEOUT = 10              # seconds; for what takes one or less, more on a slow machine
 MEGABYTE = 1 << 20
 F_SETPIPE_SZ = 1031             # Python has it since 3.10
@@ -111,7 +112,7 @@ def run(*arguments: str, **popen: Any) -> subprocess.CompletedProcess[str]:
 
 
 def changed_program(source: str) -> tuple[str, ...]:
-    """uvscpd.py after these lines, as arguments of Python."""
+    """Python's arguments to run uvscpd.py after these lines, which may change it."""
     return "-c", "\n".join((f"import sys; sys.path.insert(0, {HERE!r}); import uvscpd",
                             inspect.cleandoc(source), "sys.exit(uvscpd.main())"))
 
@@ -119,9 +120,9 @@ def changed_program(source: str) -> tuple[str, ...]:
 class DaemonProcess:
     """uvscpd.py in the foreground, on a port that it chooses itself.
 
-    `journal`: its stderr is the journal's, as far as it can tell. `unread`: its
-    stderr holds 4 kB, and once it listens nobody reads it until `reading` is set.
-    `prepare` is called in its process before it starts.
+    `journal`: it takes its stderr for systemd's journal. `unread`: its stderr holds
+    4 kB, and once the daemon listens, nobody reads it until `reading` is set.
+    `prepare` is called in the new process before the program starts.
     """
 
     def __init__(self, *arguments: str, program: tuple[str, ...] = (PROGRAM,),
@@ -141,7 +142,7 @@ class DaemonProcess:
         self.stderr = open(end, encoding="utf-8")       # noqa: SIM115
         self.log = ""
         self.port = 0
-        self.logged = threading.Condition()     # a line more in `log`
+        self.logged = threading.Condition()     # notified of each new line in `log`
         self.listening = threading.Event()
         self.reading = threading.Event()
         if not unread:
@@ -168,7 +169,7 @@ class DaemonProcess:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stopped for a while, so that it finds all that comes meanwhile at once."""
+        """Stop the process meanwhile, so that it then finds at once all that has come."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitpid(self.process.pid, os.WUNTRACED)
         try:
@@ -177,7 +178,7 @@ class DaemonProcess:
             self.process.send_signal(signal.SIGCONT)
 
     def await_log(self, text: str) -> str:
-        """Wait until it has logged something that matches; returns the log."""
+        """Wait until the log has a match of this pattern; returns the log."""
         with self.logged:
             if not self.logged.wait_for(lambda: re.search(text, self.log), SHORT_TIMEOUT):
                 raise AssertionError(f"nothing like {text!r} in the log:\n{self.log}")
@@ -190,7 +191,7 @@ class DaemonProcess:
         return peer
 
     def stop(self, number: int = signal.SIGTERM) -> str:
-        """End it; returns what it wrote to stderr, which must not tell of a bug."""
+        """End it; returns its log. Fails if the log has a traceback or the status is not 0."""
         try:
             self.process.send_signal(number)
             status = self.process.wait(TIMEOUT)
@@ -231,7 +232,7 @@ class Peer:
         self.sock.sendall("".join(expand(line) + "\r\n" for line in lines).encode("latin-1"))
 
     def read_line(self) -> str:
-        """The next line, `(closed)` or `(reset)` at the end, `(nothing)` when none comes."""
+        """The next line; `(closed)` or `(reset)` at the end, `(nothing)` if none comes."""
         try:
             line = self.file.readline().decode("latin-1") or "(closed)\r\n"
         except socket.timeout:
@@ -244,7 +245,7 @@ class Peer:
         return line[:-2]
 
     def expect(self, *wanted: str) -> None:
-        """Read lines, which must be these; wildcards as in a transcript."""
+        """Read lines, which must match these; the wildcards are those of transcripts."""
         for text in wanted:
             line = self.read_line()
             while line == "+OK" != text and self.may_be_sign_of_life():
@@ -254,7 +255,7 @@ class Peer:
                 raise AssertionError(f"expected {text!r}, but heard at last:\n    {heard}")
 
     def may_be_sign_of_life(self) -> bool:
-        """On a slow machine one may come in between, but never before its time."""
+        """Whether one more sign of life may have come by now: one every 2 seconds at most."""
         self.signs_of_life += 1
         return self.signs_of_life <= (time.monotonic() - self.since) // uvscpd.SIGN_OF_LIFE_S
 
@@ -276,7 +277,7 @@ class Peer:
             reply = self.ask("cdta")
 
     def segments(self) -> int:
-        """How many TCP segments with data have come, each of which was one write."""
+        """How many TCP segments with data have come; each was one write of the daemon."""
         info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         return int(struct.unpack_from("=I", info, 152)[0])      # tcpi_data_segs_in, Linux 4.6
 
@@ -330,7 +331,7 @@ def parse_transcript(text: str) -> list[list[Step]]:
     packets: list[list[Step]] = [[]]
     for steps in map(parse_line, text.split("\n")):
         before = packets[-1]
-        # Nothing is sent before what the client waits for has come.
+        # What stands behind a `<` or `=` is sent once that has come.
         if not (steps and before) or (steps[0].who != before[0].who or steps[0].what == "="
                                       or steps[0].what == ">" and before[0].what != ">"):
             packets.append([])
@@ -363,19 +364,19 @@ def exchange(peer: Peer, packet: list[Step], way: str = "packets") -> None:
 
 
 def talk(transcript: str, *peers: Peer) -> None:
-    """Play a transcript once, each line a packet, with clients that are there: A is the first."""
+    """Play a transcript once, each line in one packet, with these connected clients, A first."""
     for packet in map(parse_line, transcript.split("\n")):
         if packet:
             exchange(peers["ABCDEF".find(packet[0].who)], packet)
 
 
 def say(peer: Peer, *lines: str) -> None:
-    """Play one client's lines of a transcript, each in one packet: `rcvloop ; chid | 0 | +OK`."""
+    """Play `>` lines of one client, each in one packet: `rcvloop ; chid | 0 | +OK`."""
     talk("\n".join(f"A> {line}" for line in lines), peer)
 
 
 class DaemonTestCase(unittest.TestCase):
-    """Tests with a daemon for all of them. Each title in TRANSCRIPTS becomes a test."""
+    """Tests that share one daemon. Each title in TRANSCRIPTS becomes a test."""
 
     ARGUMENTS: ClassVar[tuple[str, ...]] = ()
     TRANSCRIPTS: ClassVar[str] = ""
@@ -405,9 +406,9 @@ class DaemonTestCase(unittest.TestCase):
         return peer
 
     def play(self, transcript: str, *arguments: str) -> None:
-        """Run a transcript line by line, packet by packet, byte by byte, with more behind QUIT.
+        """Run a transcript line by line, packet by packet, byte by byte, with lines behind QUIT.
 
-        With arguments it has a daemon of its own.
+        If there are arguments, a daemon of its own is started with them.
         """
         packets = parse_transcript(transcript)
         daemon = DaemonProcess(*arguments) if arguments else self.daemon
@@ -424,17 +425,17 @@ class DaemonTestCase(unittest.TestCase):
                     self.fail(f"{way}: {error}")
 
 
-def until(condition: Callable[[], object], tell: Callable[[], object] = str,
+def until(condition: Callable[[], object], describe: Callable[[], object] = str,
           limit_s: float = TIMEOUT) -> None:
-    """Ask again and again until this is true; fails with what `tell` returns once it is late."""
+    """Call `condition` until it is true; after `limit_s`, fail with what `describe` returns."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {limit_s} s: {tell()}")
+            raise AssertionError(f"not within {limit_s} s: {describe()}")
 
 
 def memory(daemon: DaemonProcess | Relay) -> int:
-    """The most resident memory that it has had, in bytes."""
+    """The peak of its resident memory so far, in bytes."""
     with open(f"/proc/{daemon.process.pid}/status", encoding="ascii") as file:
         return int(re.findall(r"VmHWM:\s+(\d+) kB", file.read())[0]) * 1024
 
@@ -444,7 +445,7 @@ def descriptors(daemon: DaemonProcess) -> int:
 
 
 def await_descriptors(daemon: DaemonProcess, most: int, peer: Peer) -> None:
-    """Wait until there are no more; `peer` gives the daemon its turns."""
+    """Wait until it has at most so many open; the commands of `peer` keep its loop turning."""
     until(lambda: peer.ask("noop") == ["+OK"] and descriptors(daemon) <= most,
           lambda: f"{descriptors(daemon)} descriptors, not {most}")
 
@@ -458,7 +459,7 @@ def cpu_time(daemon: DaemonProcess | Relay) -> float:
 
 @contextlib.contextmanager
 def idle(daemon: DaemonProcess) -> Iterator[None]:
-    """Meanwhile the daemon has next to nothing to do."""
+    """Fail if the daemon takes more than 30 % of a processor meanwhile."""
     cpu_before, before = cpu_time(daemon), time.monotonic()
     yield
     share = (cpu_time(daemon) - cpu_before) / (time.monotonic() - before)
@@ -490,7 +491,7 @@ def send_all(peer: Peer, numbers: range) -> None:
 
 
 def read_numbers(peer: Peer, last: int) -> list[int]:
-    """The numbers of the events that come up to this one; signs of life are left out."""
+    """The numbers of the events that come, up to `last`; signs of life are left out."""
     numbers = [-1]
     while numbers[-1] < last:
         line = peer.file.readline()
@@ -507,7 +508,7 @@ def event(vscp_type: int, *data: int) -> str:
 
 
 def seen(vscp_type: int, *data: int) -> str:
-    """The line that the others get."""
+    """The line of that event as other clients get it."""
     return ",".join(map(str, (f"96,20,{vscp_type},0,*,#,::0", *data)))
 
 
@@ -527,7 +528,7 @@ def event_lines(peer: Peer, count: int) -> list[str]:
 
 
 def visit(port: int, manner: tuple[bool, ...]) -> None:
-    """Connect and go without a word of farewell, in one of 16 manners."""
+    """Connect, and disconnect without QUIT, in one of 16 manners."""
     commands, wait, half_close, reset = manner
     with socket.create_connection(("127.0.0.1", port), TIMEOUT) as sock:
         if commands:
@@ -544,7 +545,7 @@ MANNERS = list(itertools.product((False, True), repeat=4))
 
 
 class NarrowPeer(Peer):
-    """A greeted client whose connection holds only some kilobytes that it has not read."""
+    """A greeted client with small buffers: a few unread kilobytes fill its connection."""
 
     def __init__(self, port: int) -> None:
         super().__init__(port)
@@ -563,10 +564,10 @@ class NarrowPeer(Peer):
 class SimulatedNode:
     """A VSCP node that is a client of the daemon; each of its registers is 42.
 
-    It answers as the VSCP specification has it (Level I protocol, class 0): type
-    31, "Who is there?", with seven frames of type 32: an index, and what is next of
-    16 bytes of GUID (the highest first), 32 of the URL of its description (MDF) and
-    a zero; type 9, Read register, with type 10: register, contents.
+    It answers as the VSCP specification says (Level I protocol, class 0). Type 31,
+    "Who is there?", gets seven frames of type 32: an index, then the next 7 bytes of
+    a GUID (16 bytes, highest first), the URL of the node's description (MDF, 32 bytes)
+    and a zero. Type 9, Read register, gets type 10: register, contents.
     """
 
     def __init__(self, port: int, nickname: int) -> None:
@@ -592,7 +593,7 @@ class SimulatedNode:
                     self.on_event(int(fields[2]), bytes(map(int, fields[7:])))
 
     def on_event(self, vscp_type: int, data: bytes) -> None:
-        """The first data byte of a question tells for which node it is, 255 is all."""
+        """Answer a question; its first data byte is the node that it is for, 255 is all."""
         if vscp_type == 31 and data in (b"", b"\xFF", bytes([self.nickname])):
             known = (self.guid + b"example.org/node.xml").ljust(49, b"\0")
             for index in range(7):
@@ -607,7 +608,7 @@ class SimulatedNode:
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port that nobody else is given, but on which a daemon can listen."""
+    """A free port that the kernel gives to nobody else, but on which a daemon can listen."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
@@ -616,7 +617,7 @@ def reserved_port() -> Iterator[int]:
 
 @contextlib.contextmanager
 def logged() -> Iterator[list[str]]:
-    """What the functions of uvscpd log meanwhile in this process: a list that grows."""
+    """The lines that functions of uvscpd log in this process meanwhile, in a growing list."""
     lines: list[str] = []
 
     def put(_priority: int, line: str) -> bool:
@@ -655,9 +656,9 @@ class OwnDaemonTestCase(unittest.TestCase):
     @contextlib.contextmanager
     def detached(self, *arguments: str, program: tuple[str, ...] = (PROGRAM,),
                  **options: Any) -> Iterator[tuple[int, int]]:
-        """The port and the process id of a daemon in the background, which must end in the end."""
+        """Start a daemon in the background; its port and process id. Afterwards it must end."""
         with tempfile.TemporaryDirectory() as directory, reserved_port() as port:
-            life, other_end = os.pipe()         # which ends when the daemon is no more
+            life, other_end = os.pipe()         # at its end when the daemon has ended
             self.addCleanup(os.close, life)
             result = run(*program, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
                          "uvscpd.pid", *arguments, cwd=directory, pass_fds=(other_end,), **options)
@@ -682,7 +683,7 @@ class OwnDaemonTestCase(unittest.TestCase):
                     os.kill(pid, signal.SIGKILL)
 
     def inside(self, *arguments: str) -> uvscpd.Daemon:
-        """A daemon in this process; nothing runs but what the test calls. Logs to self.log."""
+        """A daemon in this process that does only what the test calls. Logs to self.log."""
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         self.log = stack.enter_context(logged())
@@ -692,7 +693,7 @@ class OwnDaemonTestCase(unittest.TestCase):
         return daemon
 
     def connected(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
-        """A client inside a daemon where nothing runs, and its other end."""
+        """A client of a daemon in this process, and the client's end of the connection."""
         other_end = socket.create_connection(daemon.listener.getsockname(), TIMEOUT)
         daemon.on_connection(0)
         self.addCleanup(other_end.close)
@@ -703,7 +704,7 @@ class OwnDaemonTestCase(unittest.TestCase):
         return daemon, self.connected(daemon)[0]
 
     def assert_bad_argument(self, argument: str, message: str = "") -> None:
-        """Refused with exit status 2 and one line, in which this stands."""
+        """The argument is refused with exit status 2 and one line that has this message."""
         with self.subTest(argument), logged() as lines:
             with self.assertRaises(SystemExit) as ending:
                 uvscpd.parse_arguments([argument])
@@ -711,7 +712,7 @@ class OwnDaemonTestCase(unittest.TestCase):
             self.assertRegex("\n".join(lines), rf"\Auvscpd\.py: .*{message}.*\Z")
 
     def assert_ends(self, status: int, message: str, *arguments: str) -> None:
-        """The program ends with this status; one line on stderr starts like that."""
+        """The program ends with this status and one line on stderr, which starts like that."""
         result = run(PROGRAM, *arguments)
         self.assertEqual((result.returncode, result.stdout), (status, ""))
         self.assertRegex(result.stderr, rf"\A{message}.*\n\Z")
@@ -720,8 +721,8 @@ class OwnDaemonTestCase(unittest.TestCase):
 # =============================================================================
 # 2. Numbers and GUIDs, 3. Events and CAN frames
 # =============================================================================
-# EVENTS is driven from text to frame, from frame to text, and once more through
-# the daemon, all for a client whose GUID is zeros.
+# EVENTS is tried from text to frame, from frame to text, and through the daemon;
+# all for a client whose GUID is zeros.
 
 ZEROS = ",".join(["0"] * 16)            # the interface's GUID in the data of class 512-1023
 
@@ -901,7 +902,7 @@ class FilterTest(unittest.TestCase):
                 ([], []),
                 ([(0x00140000, 0x01FF0000)], [(0x00140000, 0x01FF0000)]),
                 ([(5, 0xFF), (3, 0xFF), (5, 0xFF)], [(3, 0xFF), (5, 0xFF)]),
-                ([(5, 0xFF), (0, 0)], [(0, 0)]),                        # one wants them all
+                ([(5, 0xFF), (0, 0)], [(0, 0)]),                        # a client wants them all
                 ([self.view("8,0,0,::0", "8,0,0,::0")[1:]], []),        # nothing can pass
                 (many[:512], many[:512]),
                 (many, [(0, 0)])):                                      # more than Linux takes
@@ -985,13 +986,13 @@ SENDERS = {name: mock.Mock(channel_id=0) for name in "ABC"}     # clients withou
 
 
 class BusTest(unittest.TestCase):
-    HISTORIES = (       # A1x: A sends frame 1 with data x; 1x=A: it is A's when it comes back
+    HISTORIES = (       # A1x: A sends frame 1 with data x; 1x=A: it comes back, as A's
         "1=None",
         "A1 B2 1=A 2=B 2=None",
         "A1 B1 A1 C1 1=C 1=A 1=B 1=A 1=None",           # identical frames
         "A1 B2 C3 2=B 3=C B1 1=B 1=A 1=None",           # A's was lost, or comes late
         "A1x 1y=None 2x=None 1x=A",
-        # What is far older than one that came back is forgotten, also when few are under way.
+        # A frame far older than one that came back is forgotten, even if few are under way.
         " ".join([*(f"A{number}" for number in range(100)), "80=A",
                   *(f"{number}={None if number < 16 or number == 80 else 'A'}"
                     for number in range(100))]),
@@ -1200,7 +1201,7 @@ class ClientTest(DaemonTestCase):
 # =============================================================================
 # 8. Commands
 # =============================================================================
-# Each row of the protocol's table: names, arguments, replies.
+# Each row of README's table of commands: names, arguments, replies.
 
 class CommandTest(DaemonTestCase):
     REPLIES = (         # names, reply to a client that has just come
@@ -1408,7 +1409,7 @@ class ReceiveLoopTest(DaemonTestCase):
         in_loop, out_of_loop, again = peers = [self.connect() for _ in range(3)]
         begin = time.monotonic()
         talk("A> rcvloop\nB> rcvloop ; quitloop\nC> rcvloop ; quitloop", *peers)
-        for _ in range(100):            # a moment, so that the first loop's time would differ
+        for _ in range(100):            # a moment, so that the times of C's loops differ
             again.ask("help")
         self.assertEqual(again.ask("rcvloop"), ["+OK"])
         for seconds in (2, 4):
@@ -1683,7 +1684,7 @@ class FanOutTest(DaemonTestCase):
                 (["retr"], [event, "+OK"]),
                 (["clra", "cdta"], ["+OK - All events cleared.", "0 ", "+OK"]),
                 (["sflt 0,21,0,::0", "smsk 0,0xFFFF,0,::0", "cdta"], ["+OK", "+OK", "1 ", "+OK"])):
-            b.ask("noop")               # epoll, too, has nothing left of A that could go before B
+            b.ask("noop")               # or epoll still has A, which would be served first
             with self.daemon.paused():
                 b.send("send 96,20,1,0,,0,-")
                 a.send(*commands)
@@ -1745,7 +1746,7 @@ class ConnectionTest(OwnDaemonTestCase):
 
 
 class TurnTest(OwnDaemonTestCase):
-    """What a daemon does in a turn of its loop, and at which time."""
+    """What the daemon does in a turn of its loop, and when."""
 
     def test_STAT_counts_of_the_bus(self) -> None:
         daemon = self.inside()
@@ -1795,7 +1796,7 @@ class TurnTest(OwnDaemonTestCase):
             daemon.gather_at = daemon.now + 1
             self.assertEqual(uvscpd.run_command(client, "send 0,20,1,0,,0,-"), "+OK\r\n")
             self.assertEqual(daemon.gather_at, daemon.now)
-            daemon.gather()                     # just the one
+            daemon.gather()                     # takes in just that one
             self.assertEqual(daemon.gather_at, uvscpd.NEVER)
             daemon.now += quiet_s
             self.frames_come(daemon, 9)
@@ -1840,7 +1841,7 @@ class TurnTest(OwnDaemonTestCase):
             daemon.suspect(client)
         self.assertEqual(len(daemon.suspects), 1000)
         daemon.now += 0.6
-        for client.host in "2001:db8::1", "2001:db8::2":            # one network, one place
+        for client.host in "2001:db8::1", "2001:db8::2":            # one /64 counts as one
             daemon.suspect(client)
         self.assertEqual(daemon.suspects, {b"\x20\x01\x0d\xb8\0\0\0\0": daemon.now + 0.5})
 
@@ -1896,10 +1897,10 @@ class TurnTest(OwnDaemonTestCase):
                 client.turn()
             self.assertEqual(list(daemon.waiting), clients)
             self.assertEqual(watched(daemon), (True, True))
-            self.assertEqual(send.call_count, 1)            # the others see that it has no room
+            self.assertEqual(send.call_count, 1)            # the others do not try
             daemon.now += uvscpd.SEND_WAIT_S - 0.1
             send.side_effect = [None, full]
-            daemon.send_waiting()                           # the bus moves, so they have time
+            daemon.send_waiting()                           # the bus took one: time starts anew
             self.assertEqual(list(daemon.waiting), clients[1:])
             daemon.now += uvscpd.SEND_WAIT_S - 0.1
             send.side_effect = full
@@ -1920,8 +1921,8 @@ class ClientIdTest(OwnDaemonTestCase):
         a, b, c = peers = [self.connect(daemon) for _ in range(3)]
         for number, peer in enumerate(peers, 1):
             talk(f"> chid | {number} | +OK\n> ggid | {self.BASE}:0:{number}:0:0 | +OK", peer)
-        # The id is the obid. A mirrored event may be meant for A's GUID or the interface's. Its
-        # events show the interface's GUID, to which filters are compared, whatever SGID says.
+        # The id is the obid. A mirrored event may be meant for A's GUID or for the interface's.
+        # Event lines have the interface's GUID, whatever SGID says; filters compare with that.
         interface = f"{self.BASE}:0:0:0"
         seen = " | ".join(f"96,20,{rest}" for rest in (
             f"1,1,*,#,{interface}:5,7", f"2,1,*,#,{interface}:6,8", f"3,1,*,#,{interface}:6,9",
@@ -1939,7 +1940,7 @@ class ClientIdTest(OwnDaemonTestCase):
             C> retr 4 | {seen} | +OK
             B> quit | +OK - bye | (closed)
         """, *peers)
-        d = self.connect(daemon)                            # who does not get B's id
+        d = self.connect(daemon)                            # its id is not B's, which is free
         clients = " | ".join(f"{number},4,{self.BASE}:0:{number}:0:0,{peer.name}|Started *"
                              for number, peer in ((1, a), (3, c), (4, d)))
         talk(f"> interface | 0,2,{interface}:0,{BUS}|Started * | {clients} | +OK", d)
@@ -2024,7 +2025,7 @@ class SystemdTest(OwnDaemonTestCase):
 
     @staticmethod
     def heard(sock: socket.socket) -> list[str]:
-        """What it has been told."""
+        """All that the daemon has sent to this socket."""
         sock.setblocking(False)
         texts = []
         with contextlib.suppress(BlockingIOError):
@@ -2034,7 +2035,7 @@ class SystemdTest(OwnDaemonTestCase):
 
     @staticmethod
     def await_texts(sock: socket.socket, *texts: str) -> None:
-        """Wait until these have come in this order; others may stand between them."""
+        """Wait until these texts have come in this order; others may come in between."""
         for text in texts:
             while text not in sock.recv(1000).decode():
                 pass
@@ -2059,7 +2060,7 @@ class SystemdTest(OwnDaemonTestCase):
             while True:
                 other.sendto(b"STATUS=another service", sock.getsockname())
         daemon = self.start(NOTIFY_SOCKET=name)
-        self.connect(daemon)                # it has tried by now
+        self.connect(daemon)                # by now the daemon has tried to send READY
         self.await_texts(sock, "READY=1")
 
     def test_READY_again_when_systemd_did_not_listen(self) -> None:
@@ -2375,7 +2376,7 @@ class ArgumentTest(OwnDaemonTestCase):
         """, self.connect(daemon))
 
     def assert_machine_guid(self, kind: str, addresses: set[bytes]) -> None:
-        """One of these addresses, or, where there is none, a bad argument."""
+        """The GUID has one of these addresses; if there are none, it is a bad argument."""
         first = b"\xFF" * 7 + {"mac": b"\xFE", "ip": b"\xFD"}[kind]
         if addresses:
             self.assertIn(uvscpd.guid_argument(kind), {first + address for address in addresses})
@@ -2605,12 +2606,12 @@ class ProcessTest(OwnDaemonTestCase):
             self.assertRegex(result.stderr,
                              rf"\Auvscpd\.py: .*{file}: process {pid} is alive.*\n\Z")
             self.assertEqual(file.read_text(), f"{pid}\n")
-            daemon.process.kill()               # what it leaves behind is of no importance
+            daemon.process.kill()               # it leaves its pid file, which must not matter
             daemon.process.wait()
             file.write_text(f"{os.getpid()}\nand more")
             again = self.start("--pidfile", str(file))
             self.assertEqual(file.read_text(), f"{again.process.pid}\n")
-            file.write_text("1\n")             # another one's by now: it stays
+            file.write_text("1\n")             # now another daemon's: it must stay
             again.stop()
             self.assertEqual(file.read_text(), "1\n")
 
@@ -2618,17 +2619,17 @@ class ProcessTest(OwnDaemonTestCase):
 # =============================================================================
 # The files
 # =============================================================================
-# What uvscpd.py may import, and whether README.md tells the truth.
+# What uvscpd.py may import, and whether README.md is right.
 
 class PortabilityTest(OwnDaemonTestCase):
-    # What OpenWrt's python3-light does not have, or cannot import for want of that.
+    # Modules that OpenWrt's python3-light lacks, and those that need one of these.
     MISSING = ("asyncio concurrent ctypes decimal email fractions http importlib.metadata logging "
                "multiprocessing pathlib ssl statistics unittest urllib uuid")
     LIGHT = f"""if True:
         import sys
         missing = set({MISSING!r}.split())
         assert not missing & set(sys.modules), missing & set(sys.modules)
-        sys.modules.update(dict.fromkeys(missing))      # now their import fails
+        sys.modules.update(dict.fromkeys(missing))      # importing them fails now
         del sys.argv[0]
         exec(compile(open(sys.argv[0], encoding="utf-8").read(), sys.argv[0], "exec"))
     """
@@ -2664,9 +2665,9 @@ class PortabilityTest(OwnDaemonTestCase):
 class ReadmeTest(OwnDaemonTestCase):
     """README.md is compared with the program, and its sessions are played.
 
-    A session is a block between lines of three backquotes. `$ nc` connects, `> ` is
-    what is typed, as is what printf prints; the rest is what must come, `...` being
-    any number of lines.
+    A session stands between two lines of three backquotes. A line `$ ... nc` connects;
+    lines with `> `, and what its printf prints, are sent; all other lines must come,
+    where `...` stands for any number of lines.
     """
 
     readme: ClassVar[str]
@@ -2676,10 +2677,10 @@ class ReadmeTest(OwnDaemonTestCase):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
             cls.readme = file.read()
 
-    # --- what it says of the program ---
+    # --- what README says of the program ---
 
     def rows(self, heading: str) -> list[tuple[list[str], str]]:
-        """The rows of a table: what stands in `...` in the first cell; the second cell."""
+        """The rows of a table: the texts in backquotes in the first cell; the second cell."""
         _, table = self.readme.split(f"\n| {heading} |", 1)
         rows = [re.split(r"(?<!\\)\|", line) for line in table.split("\n\n")[0].splitlines()[2:]]
         return [(re.findall("`([^`]+)`", row[1]), row[2].strip()) for row in rows]
@@ -2740,13 +2741,13 @@ class ReadmeTest(OwnDaemonTestCase):
                 for session in re.split(r"(?m)^\$ ", block)[1:]]
 
     def normal(self, line: str) -> str:
-        """A line without what differs from run to run: times, ports, where the bus is."""
+        """The line with `?` for what differs from run to run: times, ports, the bus's name."""
         line = re.sub(r"^\d\d:\d\d:\d\d\.\d{6} (\S+ +(?=\* ))?", "", line)
         return re.sub(r"\d{4}-\d\d-\d\dT[\d:]+Z,\d+|127\.0\.0\.1:\d+|port \d+|\b\d+ s\b|[\d.]+ per "
                       rf"second|at most \d+|can0|:virtual:|{re.escape(BUS)}", "?", line)
 
     def hear(self, read_line: Callable[[], str], shown: list[str]) -> None:
-        """Read lines, which must be those that README shows; signs of life may come in between."""
+        """Read lines, which must be those in README; signs of life may come in between."""
         skipping, deadline = False, time.monotonic() + SHORT_TIMEOUT
         for line in map(self.normal, shown):
             heard = line if line == "..." else self.normal(read_line())
@@ -2757,7 +2758,7 @@ class ReadmeTest(OwnDaemonTestCase):
             skipping = line == "..."
 
     def play(self, daemon: DaemonProcess, sessions: list[list[str]]) -> None:
-        """Play sessions; what somebody who types hears last is read once all have been played."""
+        """Play sessions. What comes after the last typed line is read when all have been played."""
         last = []
         for command, *lines in sessions:
             peer = Peer(daemon.port)
@@ -2805,10 +2806,9 @@ class ReadmeTest(OwnDaemonTestCase):
 # =============================================================================
 # A real kernel
 # =============================================================================
-# What the kernel and the bus do to the daemon, on interfaces that the tests make
-# for themselves, as root. A slow, dead or broken bus is a pseudo-terminal with
-# the kernel's driver for CAN adapters on serial lines (slcan): its master is the
-# adapter.
+# What the kernel and the bus do to the daemon, on interfaces that the tests make, as
+# root. For a slow, dead or broken bus, the test plays a CAN adapter on a serial line
+# (slcan): it has the master side of a pseudo-terminal, the kernel's driver the other.
 
 SIOCGIFNAME, SIOCSIFFLAGS, N_SLCAN = 0x8910, 0x8914, 17
 FLOOD = 9000                    # frames, more than the kernel holds for the daemon
@@ -2863,7 +2863,7 @@ class Node:
 
 @needs_root
 class KernelTestCase(unittest.TestCase):
-    """Tests with an interface and a daemon on it, anew for each."""
+    """Each test has an interface, made for it, and a daemon on that."""
 
     ARGUMENTS: ClassVar[tuple[str, ...]] = ()
     name = "vcan7"
@@ -2901,7 +2901,7 @@ class KernelTestCase(unittest.TestCase):
         return node
 
     def retrieve(self, peer: Peer) -> list[tuple[int, ...]]:
-        """Type and data of all events that are there for a client."""
+        """Type and data of all events that are buffered for a client."""
         *lines, final = peer.ask("retr 100000")
         self.assertEqual(final, "-OK - No event(s) available")
         return [content(line) for line in lines]
@@ -2910,13 +2910,13 @@ class KernelTestCase(unittest.TestCase):
         return [int(number) for number in peer.ask("stat")[0].split(",")]
 
     def await_state(self, peer: Peer, text: str, status: str = "[0-4]") -> None:
-        """Wait until INFO says so."""
+        """Wait until INFO has this text and status."""
         wanted = f'{status},.*,"{pattern(text)}"'
         until(lambda: re.fullmatch(wanted, peer.ask("info")[0]), lambda: peer.heard[-2],
               SHORT_TIMEOUT)
 
     def assert_senders_known(self, *peers: Peer) -> None:
-        """Events of the same content from everybody: each client gets all but his own."""
+        """Everybody sends the same event: each client gets all of them but its own."""
         node = self.node()
         for peer in peers:
             peer.ask("clra")
@@ -2929,7 +2929,7 @@ class KernelTestCase(unittest.TestCase):
                              [[] if peer is sender else [(7,)] for peer in peers])
 
     def await_log(self, wanted: list[str]) -> None:
-        """Wait until it has logged this besides connections, and nothing else."""
+        """Wait until the log has just these lines, besides those of start, end and clients."""
         def log() -> list[str]:
             return [line for line in self.daemon.log.splitlines()
                     if not re.search("connected|listening|stopped", line)]
@@ -3045,7 +3045,7 @@ class FramesTest(KernelTestCase):
 
 
 class SendersTest(KernelTestCase):
-    """Who sent an event, when its content does not tell."""
+    """Who sent an event, when others send the same."""
 
     def test_everything_comes_back(self) -> None:
         peers, node = [self.connect() for _ in range(3)], self.node()
@@ -3054,7 +3054,7 @@ class SendersTest(KernelTestCase):
             for peer in peers:
                 peer.send(event(7), event(7), event(8))
             node.send(7)
-            node.send_error(code)           # makes the daemon doubt what is under way
+            node.send_error(code)           # frames under way may be lost now
         for peer in peers:
             peer.expect(*["+OK"] * 60)
         for peer in peers:
@@ -3167,7 +3167,7 @@ class BusStateTest(KernelTestCase):
             self.go_down()
             self.go_up()
         for _ in range(2):
-            a.ask("cdta")                   # takes it in
+            a.ask("cdta")                   # makes the daemon read what the kernel holds
             self.await_state(a, "OK")
             say(a, event(1))
 
@@ -3179,13 +3179,13 @@ class BusStateTest(KernelTestCase):
         self.assertEqual(self.retrieve(a), [divmod(number, 256) for number in range(500)])
         late = self.connect().sock.getsockname()[1]
         log = self.daemon.await_log(f":{late}: connected")
-        most = 4 + 4 * (time.monotonic() - begin)       # a line a change and half-second
+        most = 4 + 4 * (time.monotonic() - begin)       # a line per change, two per 0.5 s at most
         self.assertLess(len(re.findall("nobody acknowledges", log)), most)
         self.await_state(a, "OK")
 
 
 class BurstTest(KernelTestCase):
-    """What came while the daemon was not there: more than the kernel holds for it."""
+    """More frames than the kernel holds come while the daemon is paused."""
 
     ARGUMENTS = ("--buffer", "100")
 
@@ -3246,7 +3246,7 @@ class BurstTest(KernelTestCase):
 
 
 class SerialLineTest(KernelTestCase):
-    """A CAN adapter on a serial line, which takes a frame when the test does."""
+    """On a CAN adapter on a serial line: a frame is sent when the test takes it."""
 
     def plug_in(self) -> None:
         self.adapter, self.line = os.openpty()
@@ -3292,7 +3292,7 @@ class SerialLineTest(KernelTestCase):
             for number, peer in enumerate(peers):
                 peer.send(*(event(number, count) for count in range(60)))
         order: list[int] = []
-        with contextlib.suppress(AssertionError):           # some were refused: the replies tell
+        with contextlib.suppress(AssertionError):           # if some were refused
             while len(order) < 12 * 60:
                 time.sleep(1 / 62)                          # the bus takes no more than this
                 order.append(self.take(1)[0][0])
@@ -3301,7 +3301,7 @@ class SerialLineTest(KernelTestCase):
             places = [place for place, sender in enumerate(order) if sender == number]
             waits = [later - place for place, later in zip(places, places[1:])]
             self.assertEqual(len(places), 60)
-            self.assertLessEqual(max(waits), 2 * 12)        # when all wait, each is the twelfth
+            self.assertLessEqual(max(waits), 2 * 12)        # when all wait, each has the 12th turn
 
     def test_dead_bus(self) -> None:
         a, b, c = (self.connect() for _ in range(3))
@@ -3331,8 +3331,8 @@ class SerialLineTest(KernelTestCase):
         self.await_state(a, "bus off")
         say(a, f"{event(1)} | -OK - bus off, try: ...")
         advice = a.heard[-1].partition(", try: ")[2]
-        # The controller is well again, but until the interface has been down Linux gives it no
-        # frames, it drops them.
+        # The controller has recovered, but until the interface has been down, Linux drops frames
+        # instead of giving them to it.
         self.put("sa000000", "T0C1402053000123")
         b.await_events(1)
         say(a, f"{event(1)} | -OK - ...")
@@ -3345,7 +3345,7 @@ class SerialLineTest(KernelTestCase):
 
 @needs_guest
 class UnderWayTest(KernelTestCase):
-    """On a bus that takes its time, as real ones do: a frame comes back when it is through."""
+    """On a bus that needs time, as a real one: a frame comes back once it has been sent."""
 
     marks = 0
 
@@ -3365,7 +3365,7 @@ class UnderWayTest(KernelTestCase):
         shell(f"ip link add dev {CAN} up type vcan")
 
     def netem(self, manner: str) -> None:
-        """From now on the bus is of this manner (tc-netem(8))."""
+        """Set delay or loss of the bus, see tc-netem(8)."""
         shell(f"tc qdisc replace dev {self.name} root netem {manner}")
 
     def arrived(self, *peers: Peer) -> list[list[tuple[int, ...]]]:
@@ -3421,7 +3421,7 @@ class UnderWayTest(KernelTestCase):
             self.await_state(a, "OK")
             for peer in (a, b, c):
                 peer.ask("clra")
-            # Whoever still waits for what was lost takes these for his own.
+            # A daemon that still waited for the lost frames would take these for them.
             for peer, vscp_type in ((b, 7), (a, 8)):
                 self.await_sent(peer, event(vscp_type))
             self.assertEqual(self.arrived(a, b, c), [[(7,)], [(8,)], [(7,), (8,)]])
@@ -3493,7 +3493,7 @@ class NoCarrierTest(KernelTestCase):
 
 @needs_root
 class NobodyConnectedTest(OwnDaemonTestCase):
-    """Once the daemon says that it listens, it sees the bus, and after the last client, too."""
+    """The daemon sees the bus while nobody is connected: at the start and after the last client."""
 
     def setUp(self) -> None:
         self.node = Node(BUS, listening=True)
@@ -3517,7 +3517,7 @@ class NobodyConnectedTest(OwnDaemonTestCase):
 
 
 class HintTest(OwnDaemonTestCase):
-    """What to do about an interface: in INFO, in the reply to SEND and in the log."""
+    """What is wrong with an interface, and what helps: in INFO, SEND's reply and the log."""
 
     @needs_root
     def test_interface_that_is_not_CAN_or_missing(self) -> None:
@@ -3553,8 +3553,8 @@ class HintTest(OwnDaemonTestCase):
 # =============================================================================
 # Abuse
 # =============================================================================
-# Clients that do what they should not cost the others nothing, and the daemon
-# no more memory and descriptors than its limits say.
+# Clients that misbehave do not disturb the others, and cost the daemon no more
+# memory and descriptors than its limits allow.
 
 class AbuseTest(DaemonTestCase):
     ARGUMENTS = ("--buffer", "500")
@@ -3622,10 +3622,10 @@ class AbuseTest(DaemonTestCase):
 
 
 class LogTest(OwnDaemonTestCase):
-    """Whoever should read the messages does not."""
+    """Nobody reads the messages, or they cannot be written."""
 
     def call(self, port: int, *commands: str) -> None:
-        """Connect, give commands and quit, as many do; each makes messages."""
+        """Connect, give commands and quit; the daemon logs the connection and its end."""
         with Peer(port) as peer:
             peer.expect("...", "...", "+OK - ...")
             say(peer, *commands, "quit | +OK - bye | (closed)")
@@ -3686,7 +3686,7 @@ class LogTest(OwnDaemonTestCase):
 
 @needs_time
 class PatienceTest(OwnDaemonTestCase):
-    """What shows after minutes."""
+    """What takes minutes to show."""
 
     def test_slow_readers_stay(self) -> None:
         daemon = self.start()
@@ -3924,8 +3924,8 @@ class TroubleTest(OwnDaemonTestCase):
 # =============================================================================
 # Fuzz
 # =============================================================================
-# `test_uvscpd.py fuzz`: hostile command lines. Each gets one final line, in step,
-# and what reaches another client is a well-formed event.
+# `test_uvscpd.py fuzz`: hostile command lines. Each must get exactly one final line,
+# and whatever reaches another client must be a well-formed event.
 
 REPORT_S = 2.0                  # how often a long run shows how far it is
 HOSTILE = ["0", "1", "3", "5", "96", "255", "256", "511", "512", "532", "1023", "1024",
@@ -3961,7 +3961,7 @@ def hostile_line(rng: random.Random) -> bytes:
 
 
 def try_line(peer: Peer, line: bytes, number: int) -> bool:
-    """Whether the connection lives on after this line; fails if the reply is not one reply."""
+    """Send a line, which must get one reply; False if that has closed the connection."""
     marker = uvscpd.format_guid(number.to_bytes(16, "big"))
     peer.sock.sendall(line + f"\r\nquitloop\nsgid {marker}\nggid\n".encode())
     lines = [peer.read_line()]
@@ -3977,7 +3977,7 @@ def try_line(peer: Peer, line: bytes, number: int) -> bool:
 
 
 def check_events(watcher: Peer, peer: Peer, number: int) -> None:
-    """Fail unless all that the watcher, whose GUID is zeros, has got are well-formed events."""
+    """Fail unless all lines that the watcher has got are well-formed events. Its GUID is zeros."""
     peer.ask(f"send 0,511,255,0,,0,-,{number_text(number)}")
     line = ""
     while not re.fullmatch(f"0,511,255,.*:0,{number_text(number)}", line):
@@ -3990,7 +3990,7 @@ def check_events(watcher: Peer, peer: Peer, number: int) -> None:
 
 
 def fuzz(seed: int) -> Generator[int, None, None]:
-    """Try lines without end; after each, how many there were."""
+    """Try lines without end; yields their count after each."""
     rng, number = random.Random(seed), 0
     with contextlib.ExitStack() as stack:
         daemon = DaemonProcess()
@@ -4037,7 +4037,7 @@ def run_fuzz(seconds: float, seed: int) -> None:
 # down and up.
 
 class Soak:
-    """A daemon under load, and what there is to watch."""
+    """A daemon under load, its clients and what is counted."""
 
     BATCH = 400                         # events; two batches fit into a FIFO
 
@@ -4073,7 +4073,7 @@ class Soak:
             self.visits += 1
 
     def receive(self, last: int) -> None:
-        """What has come up to this event."""
+        """Let each reader read its events up to this one."""
         for i, reader in enumerate(self.readers):
             numbers = read_numbers(reader, last)
             assert numbers == sorted(set(numbers)), f"not in order: {numbers}"
@@ -4090,7 +4090,7 @@ class Soak:
                       + self.observer.heard[-2])
 
     def report(self) -> None:
-        """Once nothing is left of the visitors; the interface goes down and up."""
+        """Bring the interface down and up, wait until all visitors are gone, show the counts."""
         if self.interface:
             self.set_interface(False)
             self.set_interface(True)
@@ -4101,7 +4101,7 @@ class Soak:
                  f"{memory(self.daemon) >> 10} KiB")
 
     def check(self) -> None:
-        """Fail when events are missing that STAT does not know of, or memory has grown."""
+        """Fail if STAT does not count all missing events, or if memory has grown."""
         for reader, received in zip(self.readers, self.received):
             say(reader, "quitloop", f"stat | #,#,{self.sent - received},#,#,0,0 | +OK")
         growth = memory(self.daemon) - self.first_memory
@@ -4109,7 +4109,7 @@ class Soak:
 
 
 def run_soak(seconds: float, iface: str) -> None:
-    """Full load for so long."""
+    """Put full load on a daemon for so many seconds."""
     end = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         soak = Soak(stack, iface)
@@ -4133,21 +4133,22 @@ def run_soak(seconds: float, iface: str) -> None:
 # cached parts and writes once to each client. It is woken for each frame and knows
 # no commands.
 #
-# On a usual machine compare the ratios. These figures repeat within 1 %, whatever
-# else the machine does, and are compared with what is wanted:
+# On a usual machine compare only the ratios. By the stopwatch, which counts
+# instructions (see .ci/kernel), figures repeat within 1 % whatever else the machine
+# does; there each is compared with the limit in FIGURES:
 #
 #     KERNEL_STOPWATCH=1 .ci/kernel /usr/bin/python3 test_uvscpd.py bench vcan0
 #
 # Floor, sender and node are processes that load one function below and nothing else
-# of this file. As the stopwatch wants it, everything is loaded before it is measured,
-# and nothing has a time limit: if a frame is lost that somebody waits for, it hangs.
-# Without IFACE the daemon has the virtual bus and a client that sends, the floor
-# gets its frames as datagrams, and nobody answers questions.
+# of this file. Because of the stopwatch everything is loaded before it is measured,
+# and nothing has a time limit: if a frame that somebody waits for is lost, the run
+# hangs. Without IFACE the daemon has the virtual bus and a client that sends, the
+# floor gets its frames as datagrams, and there is no node, so no questions.
 
 PYTHON = (sys.executable, "-s", "-S")       # without what this machine's site-packages load
 COLONS = 17                     # in an event line: 15 in the GUID, 2 in the datetime
 LONE = 0.03                     # s without a frame, after which the next one is a lone one
-FIGURES = (                     # what is measured, its unit, what is wanted by the stopwatch
+FIGURES = (                     # what is measured, its unit, its limit by the stopwatch
     ("question and answer, 1 connection", "us", "<= 900"),
     ("question and answer, 2 connections", "us", "<= 1100"),
     ("the same, the node takes 1 ms", "us", "<= 1850"),
@@ -4249,7 +4250,7 @@ def run_floor(interface: str) -> None:
 
 
 def run_sender(target: str) -> None:
-    """Send frames: for each line `RATE COUNT` so many, so many a second (0: flat out)."""
+    """For each line `RATE COUNT` on stdin send COUNT frames, RATE per second (0: flat out)."""
     sock, frame = open_target(target)
     answered = sock.family == socket.AF_INET and sock.type == socket.SOCK_STREAM
     print("ready", file=sys.stderr, flush=True)
@@ -4289,7 +4290,7 @@ def run_node(interface: str) -> None:
 
 
 def start_python(*arguments: str) -> tuple[subprocess.Popen[str], int]:
-    """Python with these arguments, once it is ready, and the port that it listens on."""
+    """Start Python with these arguments, wait until it is ready; the process and its port."""
     process = subprocess.Popen([*PYTHON, *arguments], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -4299,7 +4300,7 @@ def start_python(*arguments: str) -> tuple[subprocess.Popen[str], int]:
 
 
 def code_of(function: Callable[[str], None], argument: str) -> tuple[str, str]:
-    """The arguments to run this function, with what these functions need and nothing else."""
+    """Python's arguments to run this function with the imports and helpers that it needs."""
     return "-c", "\n".join(["from __future__ import annotations",
                             "import errno, selectors, socket, struct, sys, time",
                             *map(inspect.getsource, (can_socket, open_target, function)),
@@ -4405,7 +4406,7 @@ class Relay:
         return 1e6 * sorted(times)[rounds // 2]
 
     def commands_a_second(self, line: bytes, count: int, pipelined: bool) -> float:
-        """How many commands a second one client gets answered."""
+        """How many commands per second of one client are answered."""
         with self.connect(receive=False) as sock:
             begin = time.monotonic()
             if pipelined:
@@ -4432,7 +4433,7 @@ class Relay:
 
 
 def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
-    """The figures of the daemon or of the floor, by the rows' names; prints each as it is made."""
+    """The figures of the daemon or of the floor by the rows' names; shows each when it is known."""
     figures: dict[str, float] = {}
 
     def note(what: str, figure: float) -> None:
@@ -4480,7 +4481,7 @@ def measure_commands(interface: str, amount: int, daemon: dict[str, float],
     send = b"send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8\n"
     for (what, _, _), pipelined in zip(FIGURES[-4:], (False, True)):
         progress(what)
-        # In turns, so that both get the machine's good and bad moments.
+        # In turns, so that a slow moment of the machine hits both.
         sends, noops = zip(*((relay.commands_a_second(send, amount, pipelined),
                               relay.commands_a_second(b"noop\n", amount, pipelined))
                              for _ in range(3)))
