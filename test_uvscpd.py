@@ -4540,9 +4540,10 @@ class RunParser(argparse.ArgumentParser):
 
 
 def number_of_seconds(text: str) -> float:
-    if not 0.1 <= float(text) < 1e6:
-        raise ValueError
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if 0.1 <= float(text) < 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0.1 to 999999")
 
 
 def can_interface(text: str) -> str:
