@@ -85,7 +85,7 @@ TIMEOUT = 30                    # seconds; reached only if something is broken
 SHORT_TIMEOUT = 10              # seconds; for what takes one or less, more on a slow machine
 MEGABYTE = 1 << 20
 F_SETPIPE_SZ = 1031             # Python has it since 3.10
-ROWS = list(dict.fromkeys(uvscpd.COMMANDS.values()))      # of the commands, as HELP lists them
+ROWS = list(dict.fromkeys(uvscpd.COMMANDS.values()))      # commands, in HELP's order
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
 
 needs_root = unittest.skipUnless(CAN and os.geteuid() == 0,
@@ -343,6 +343,7 @@ def parse_transcript(text: str) -> list[list[Step]]:
     return [packet for packet in packets if packet]
 
 
+# Nothing of this may run when it follows QUIT in one packet.
 BEHIND_QUIT = "noop\nsend 0,511,255,0,,0,-,1\nhelp\n\0\xff\nquit\nno line end"
 
 
@@ -692,7 +693,7 @@ class OwnDaemonTestCase(unittest.TestCase):
         self.addCleanup(daemon.close)
         return daemon
 
-    def connected(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
+    def connect_inside(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
         """A client of a daemon in this process, and the client's end of the connection."""
         other_end = socket.create_connection(daemon.listener.getsockname(), TIMEOUT)
         daemon.on_connection(0)
@@ -701,7 +702,7 @@ class OwnDaemonTestCase(unittest.TestCase):
 
     def inside_with_client(self, *arguments: str) -> tuple[uvscpd.Daemon, uvscpd.Client]:
         daemon = self.inside(*arguments)
-        return daemon, self.connected(daemon)[0]
+        return daemon, self.connect_inside(daemon)[0]
 
     def assert_bad_argument(self, argument: str, message: str = "") -> None:
         """The argument is refused with exit status 2 and one line that has this message."""
@@ -1555,7 +1556,7 @@ class AccessTest(OwnDaemonTestCase):
                 ("0", [(log_in, 60)], False)):          # also with nothing that it may do
             with self.subTest(guest=guest, steps=steps):
                 daemon = self.inside("--users", users, "--guest", guest)
-                client, other_end = self.connected(daemon)
+                client, other_end = self.connect_inside(daemon)
                 for lines, seconds in steps:
                     client.lines.extend(lines)
                     client.tick()
@@ -1568,7 +1569,7 @@ class AccessTest(OwnDaemonTestCase):
     def test_guesses_do_not_keep_others_out(self) -> None:
         daemon = self.inside("-U", "Admin", "-P", "secRet", "--guest", "0")
         for password in ["hunter2"] * 9 + ["secRet"]:
-            client, _ = self.connected(daemon)
+            client, _ = self.connect_inside(daemon)
             client.lines.extend(["user Admin", *[f"pass {password}"] * 4])
         for turn in range(10):                  # a guess of each of the others
             self.assertIsNone(client.user, turn)
@@ -1751,7 +1752,7 @@ class TurnTest(OwnDaemonTestCase):
     def test_STAT_counts_of_the_bus(self) -> None:
         daemon = self.inside()
         daemon.bus.overruns = 5                 # before it connected
-        client, _ = self.connected(daemon)
+        client, _ = self.connect_inside(daemon)
         daemon.bus.overruns, daemon.bus.bus_offs, daemon.bus.warnings, client.lost = 7, 1, 2, 30
         self.assertEqual(uvscpd.run_command(client, "stat"), "1,2,32,0,0,0,0\r\n+OK\r\n")
 
@@ -1820,7 +1821,7 @@ class TurnTest(OwnDaemonTestCase):
     def test_SIGTERM_ends_at_once_when_all_clients_have_gone(self) -> None:
         for with_client in (False, True):
             daemon = self.inside()
-            client = self.connected(daemon)[0] if with_client else None
+            client = self.connect_inside(daemon)[0] if with_client else None
             daemon.tick()
             self.assertAlmostEqual(daemon.tick_at - daemon.now, 0.5)
             daemon.wake_up_end.send(b"\0")
@@ -1859,7 +1860,7 @@ class TurnTest(OwnDaemonTestCase):
 
     def test_next_tick_is_the_earliest_time(self) -> None:
         daemon = self.inside()
-        clients = [self.connected(daemon)[0] for _ in range(2)]
+        clients = [self.connect_inside(daemon)[0] for _ in range(2)]
         for client in clients:
             client.lines.append("rcvloop")
             client.turn()
@@ -1869,7 +1870,7 @@ class TurnTest(OwnDaemonTestCase):
         self.assertEqual(daemon.tick_at, clients[1].stream_at)
     def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
         daemon = self.inside()
-        client, other_end = self.connected(daemon)
+        client, other_end = self.connect_inside(daemon)
         with mock.patch.object(daemon.bus, "send",
                                side_effect=uvscpd.Later(uvscpd.NEVER, "no room")):
             client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
@@ -1883,13 +1884,13 @@ class TurnTest(OwnDaemonTestCase):
             b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
     def test_nothing_is_sent_for_own_events(self) -> None:
         daemon = self.inside()
-        (client, _), (other, _) = self.connected(daemon), self.connected(daemon)
+        (client, _), (other, _) = self.connect_inside(daemon), self.connect_inside(daemon)
         with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
             daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
         self.assertEqual((own.called, others.called), (False, True))
     def test_clients_that_wait_for_the_bus_give_up_together(self) -> None:
         daemon = self.inside()
-        clients = [self.connected(daemon)[0] for _ in range(9)]
+        clients = [self.connect_inside(daemon)[0] for _ in range(9)]
         full = uvscpd.Later(uvscpd.NEVER, "full")
         with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
             for client in clients:
@@ -3720,6 +3721,8 @@ class PatienceTest(OwnDaemonTestCase):
 
 
 class TroubleTest(OwnDaemonTestCase):
+    """Clients that vanish, linger or read slowly, too few descriptors, a full bus, a bug."""
+
     def test_closed_without_reading_replies(self) -> None:
         daemon = self.start()
         observer = self.connect(daemon)
@@ -3752,7 +3755,7 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertLess(used[-1] - used[0], MEGABYTE)   # the lines of two rounds are 2.2 MB
 
     def test_keepalive_notices_a_vanished_client(self) -> None:
-        client, _ = self.connected(self.inside())
+        client, _ = self.connect_inside(self.inside())
         # After 60 + 4 * 15 s without an acknowledgement, but who reads slowly is not gone.
         for option, value in (("NODELAY", 1), ("KEEPIDLE", 60), ("KEEPINTVL", 15), ("KEEPCNT", 4),
                               ("USER_TIMEOUT", 0)):
@@ -3815,7 +3818,7 @@ class TroubleTest(OwnDaemonTestCase):
 
     def test_client_reset_while_its_command_takes_events_in(self) -> None:
         daemon = self.inside()
-        client, other_end = self.connected(daemon)
+        client, other_end = self.connect_inside(daemon)
         daemon.now += 1
         client.stream_at = daemon.now
         other_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -3829,7 +3832,7 @@ class TroubleTest(OwnDaemonTestCase):
 
     def test_no_events_after_QUIT(self) -> None:
         daemon = self.inside("--buffer", "9")
-        client, other_end = self.connected(daemon)
+        client, other_end = self.connect_inside(daemon)
         with other_end, other_end.makefile("rb") as replies:
             client.fifo.extend(["an event\r\n"] * 9)
             client.lines.extend(["retr 2", "rcvloop", "quit"])
@@ -3844,7 +3847,7 @@ class TroubleTest(OwnDaemonTestCase):
 
     def test_slow_reader_that_leaves_has_time(self) -> None:
         daemon = self.inside()
-        client, other_end = self.connected(daemon)
+        client, other_end = self.connect_inside(daemon)
         while not client.output:                # until the connection takes no more
             client.write("x" * 60000 + "\n")
             client.flush()
@@ -3863,7 +3866,7 @@ class TroubleTest(OwnDaemonTestCase):
 
     def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
         daemon = self.inside("--buffer", "100000")
-        client, other_end = self.connected(daemon)
+        client, other_end = self.connect_inside(daemon)
         client.stream_at = daemon.now
         lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
         while len(client.fifo) < 50000:
@@ -3880,7 +3883,7 @@ class TroubleTest(OwnDaemonTestCase):
 
     def test_too_many_linger_and_the_longest_is_dropped(self) -> None:
         daemon = self.inside("--max-clients", "200")
-        clients = [self.connected(daemon)[0] for _ in range(uvscpd.MOST_LEAVING + 2)]
+        clients = [self.connect_inside(daemon)[0] for _ in range(uvscpd.MOST_LEAVING + 2)]
         clients[0].output += b"not yet sent"
         for number, client in enumerate(clients):
             self.assertEqual([each.closed for each in clients].index(True) if number > 100 else 0,
