@@ -90,10 +90,10 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JOU
 
 needs_root = unittest.skipUnless(CAN and os.geteuid() == 0,
                                  "UVSCPD_TEST_CAN is not set, or this is not root")
-needs_guest = unittest.skipUnless(CAN and os.path.exists("/proc/1/root/job/command"),
-                                  "UVSCPD_TEST_CAN is not set, or this is not .ci/kernel")
-needs_time = unittest.skipUnless(os.environ.get("UVSCPD_TEST_LONG"),
-                                 "UVSCPD_TEST_LONG is not set")
+needs_ci_kernel = unittest.skipUnless(CAN and os.path.exists("/proc/1/root/job/command"),
+                                      "UVSCPD_TEST_CAN is not set, or this is not .ci/kernel")
+needs_minutes = unittest.skipUnless(os.environ.get("UVSCPD_TEST_LONG"),
+                                    "UVSCPD_TEST_LONG is not set")
 
 
 def ipv6_works() -> bool:
@@ -128,7 +128,7 @@ class DaemonProcess:
     def __init__(self, *arguments: str, program: tuple[str, ...] = (PROGRAM,),
                  ip: str = "127.0.0.1", journal: bool = False, unread: bool = False,
                  prepare: Callable[[], Any] | None = None, **environment: str) -> None:
-        end, stderr = os.pipe()
+        read_end, stderr = os.pipe()
         if journal:
             status = os.fstat(stderr)
             environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
@@ -139,7 +139,7 @@ class DaemonProcess:
                 [sys.executable, *program, "-s", "-p", "0", "-c", BUS,
                  *(["-i", ip] if ip else []), *arguments], stdin=subprocess.DEVNULL, stderr=file,
                 env={**ENVIRONMENT, **environment}, preexec_fn=prepare)
-        self.stderr = open(end, encoding="utf-8")       # noqa: SIM115
+        self.stderr = open(read_end, encoding="utf-8")      # noqa: SIM115
         self.log = ""
         self.port = 0
         self.logged = threading.Condition()     # notified of each new line in `log`
@@ -2175,7 +2175,7 @@ MEANINGS = """
     0C5A0305 WEATHER | 0001236015:
     1FFFFFFF LOCAL | FFFFFFFFFFFFFFFF:
     0D900305 | 000123:
-    # The last name of each list, and those behind a gap: none is missing or there twice.
+    # The last name of each list, and those behind a gap, so no name is missing or twice.
     00000000 PROTOCOL GENERAL | :
     00002900 PROTOCOL GET_EVENT_INTEREST_RESPONSE | :
     00003000 PROTOCOL ACTIVATE_NEW_IMAGE_ACK | :
@@ -3344,7 +3344,7 @@ class SerialLineTest(KernelTestCase):
         say(b, f"retr 2 | 96,20,2,0,*,#,::5,0,1,35 | {seen(3)} | +OK")
 
 
-@needs_guest
+@needs_ci_kernel
 class UnderWayTest(KernelTestCase):
     """On a bus that needs time, as a real one: a frame comes back once it has been sent."""
 
@@ -3685,7 +3685,7 @@ class LogTest(OwnDaemonTestCase):
                              rf"\d\d uvscpd\[{pid}\]: uvscpd\.py .* listening on .* port {port}, ")
 
 
-@needs_time
+@needs_minutes
 class PatienceTest(OwnDaemonTestCase):
     """What takes minutes to show."""
 
@@ -3706,7 +3706,7 @@ class PatienceTest(OwnDaemonTestCase):
             while reader.read_line() != "1,0,0,0":
                 self.assertNotIn("(", reader.heard[-1])
 
-    @needs_guest
+    @needs_ci_kernel
     def test_vanished_clients_are_dropped(self) -> None:
         daemon = self.start()
         used = descriptors(daemon)
@@ -4016,7 +4016,7 @@ def fuzz(seed: int) -> Generator[int, None, None]:
 class FuzzTest(unittest.TestCase):
     def test_hostile_lines(self) -> None:
         with contextlib.closing(fuzz(seed=1)) as numbers:
-            self.assertIn(600, numbers)
+            self.assertIn(600, numbers)         # tries 600 lines
 
 
 def run_fuzz(seconds: float, seed: int) -> None:
@@ -4150,7 +4150,7 @@ def run_soak(seconds: float, iface: str) -> None:
 
 PYTHON = (sys.executable, "-s", "-S")       # without what this machine's site-packages load
 COLONS = 17                     # in an event line: 15 in the GUID, 2 in the datetime
-LONE = 0.03                     # s without a frame, after which the next one is a lone one
+LONE_S = 0.03                   # without a frame for so long, the next one is a lone one
 FIGURES = (                     # what is measured, its unit, its limit by the stopwatch
     ("question and answer, 1 connection", "us", "<= 900"),
     ("question and answer, 2 connections", "us", "<= 1100"),
@@ -4384,7 +4384,7 @@ class Relay:
         times = []
         with source:
             for _ in range(rounds):
-                time.sleep(LONE)
+                time.sleep(LONE_S)
                 begin = time.monotonic()
                 source.send(frame)
                 for sock in self.clients:
@@ -4558,7 +4558,7 @@ def can_interface(text: str) -> str:
     return text
 
 
-RUNS: dict[str, tuple[Callable[..., None], str, dict[str, Any]]] = {    # and their arguments
+RUNS: dict[str, tuple[Callable[..., None], str, dict[str, Any]]] = {    # and arguments
     "fuzz": (run_fuzz, "Hostile lines, for SECONDS (10). A SEED repeats a run.",
              {"seconds": 10.0, "seed": random.randrange(1000000)}),
     "soak": (run_soak, "Full load while clients come and go, for SECONDS (60). On the SocketCAN "
