@@ -26,8 +26,9 @@ The letter may be missing if there is only one client. `*` stands for a date and
 `#` for a timestamp, `*,#` for both as in an event, `...` for any text, `::5` for a
 GUID of zeros that ends with 5, ` $` for a space at the end of a line, and `(closed)`
 for the end of the connection. Successive `>` lines of one client go in one packet,
-unless a blank line stands between them. Each transcript runs in four ways
-(DaemonTestCase.play); if arguments stand behind its title, on a daemon of its own.
+unless a blank line stands between them. Who is still connected at the end, quits.
+Each transcript runs in four ways (DaemonTestCase.play); if arguments stand behind its
+title, on a daemon of its own.
 
 The sections are those of uvscpd.py, in its order, then the files, a real kernel,
 abuse, and the long runs. A test that changes the whole machine, its clock for one,
@@ -327,7 +328,10 @@ def parse_line(line: str) -> list[Step]:
 
 
 def parse_transcript(text: str) -> list[list[Step]]:
-    """The packets of a transcript: commands of one client in a row with their replies."""
+    """The packets of a transcript: successive commands of one client with their replies.
+
+    At the end each client quits that has not been closed.
+    """
     packets: list[list[Step]] = [[]]
     for steps in map(parse_line, text.split("\n")):
         before = packets[-1]
@@ -630,7 +634,7 @@ def logged() -> Iterator[list[str]]:
 
 
 class OwnDaemonTestCase(unittest.TestCase):
-    """Tests that start daemons as they need them."""
+    """Tests that start daemons of their own: as processes, or inside the test's process."""
 
     log: list[str]              # of a daemon in this process
 
