@@ -1051,7 +1051,7 @@ class BusTest(unittest.TestCase):
                     else:
                         self.send(can_id, data.encode(), who)
 
-    def test_own_frame_sent_right_after_the_interface_went_and_came(self) -> None:
+    def test_own_frame_sent_right_after_the_interface_was_down(self) -> None:
         with mock.patch.object(self.bus, "out") as out:
             self.bus.send(1, b"", SENDERS["A"])
             out.send.side_effect = [OSError(errno.ENETDOWN, ""), 16]
@@ -3592,7 +3592,7 @@ class AbuseTest(DaemonTestCase):
     def test_client_that_does_not_read_replies(self) -> None:
         deaf, other = self.narrow(), self.connect()
         before = memory(self.daemon)
-        # What is read at once asks for 4 MB of replies; the rest makes no more of them than needed.
+        # The short lines, read at once, ask for 4 MB of replies; the long ones fill the connection.
         stream = b"help\n" * 3000 + (b"help".ljust(511) + b"\n") * 2000
         reply = "".join(text + "\r\n" for text in deaf.ask("help")).encode()
         deaf.sock.setblocking(False)
@@ -3760,7 +3760,7 @@ class TroubleTest(OwnDaemonTestCase):
 
     def test_keepalive_notices_a_vanished_client(self) -> None:
         client, _ = self.connect_inside(self.inside())
-        # After 60 + 4 * 15 s without an acknowledgement, but who reads slowly is not gone.
+        # A client is gone after 60 + 4 * 15 s without an acknowledgement, not for reading slowly.
         for option, value in (("NODELAY", 1), ("KEEPIDLE", 60), ("KEEPINTVL", 15), ("KEEPCNT", 4),
                               ("USER_TIMEOUT", 0)):
             self.assertEqual(client.sock.getsockopt(
