@@ -5,11 +5,11 @@
 // DIRECTORY is where .ci/install-client has put the package.  The daemon listens on PORT of this machine for the CAN
 // interface INTERFACE, and gives those who have not logged in no privilege (--guest 0).  Nobody else uses INTERFACE.
 //
-// Uses the package as a program of its user would, and can-utils for the other nodes on the bus.  Says what it does, a
-// line a step; the first thing that is not as it should be ends it with status 1.
+// Uses the package as a user's program would, and can-utils for the other nodes on the bus.  Prints a line per step,
+// and stops with status 1 at the first thing that is wrong.
 //
-// What to know of the package: a command's promise is kept by the next line with +OK, whatever it answers, and broken
-// by one with -OK; in the receive loop every +OK is the sign of life ("alive").
+// About the package: it resolves a command's promise at the next line with +OK, whichever command that line answers,
+// and rejects it at one with -OK; in the receive loop every +OK is the sign of life ("alive").
 
 'use strict';
 

@@ -6,10 +6,9 @@
 #     .ci/kernel .ci/session.sh DIRECTORY
 #
 # Starts the daemon on vcan0, to which nobody else sends.  Frames of cansend, canplayer and cangen have to arrive at TCP
-# clients (connections of bash's own) as the event lines that candump's log of the same frames says, up to the
-# microsecond; what clients send has to be in that log.  The npm package node-vscp-tcp then has a session of its own,
-# see .ci/session.js.  Says what it checks, a line a step; the first thing that is not as it should be ends it with
-# status 1.
+# clients (connections that bash itself makes, /dev/tcp) as the event lines that follow from candump's log of the same
+# frames, to the microsecond; what clients send has to be in that log.  The npm package node-vscp-tcp then has a session
+# of its own, see .ci/session.js.  Prints a line per step, and stops with status 1 at the first thing that is wrong.
 #
 #     UVSCPD_PYTHON    the Python for uvscpd.py (python3)
 

@@ -1,11 +1,11 @@
 #!/bin/bash
 #
-# What .ci/systemd runs in the machine that it boots: README's words on systemd are followed, and what they promise is
-# tried.  Not to be called by hand: it changes the system that it runs on.
+# What .ci/systemd runs in the machine that it boots: it follows README's instructions for systemd and checks what they
+# promise.  Do not call it by hand: it changes the system that it runs on.
 #
-# The machine is started twice: the first time a user installs everything, with the texts below, as README shows them;
-# the second time all has to be there by itself.  The daemon on can0 is a client's way to the bus; can1 is another controller on
-# the same bus, where candump is the witness and cansend plays a node.
+# The machine starts twice.  The first time a user installs everything, with the texts below, which are README's; the
+# second time everything has to start by itself.  The daemon is on can0; can1 is another controller on the same bus,
+# where candump is the witness and cansend plays a node.
 
 set -euo pipefail
 
