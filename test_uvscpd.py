@@ -979,7 +979,7 @@ nobody   nothing     0
                 ("boss", "sha256:x", "::1", None), ("", "secret", "::1", None)):
             with self.subTest(name, password=password, host=host):
                 user = uvscpd.find_user(users, name, password, host)
-                self.assertEqual(user and user.level, level)
+                self.assertEqual(user and user.privilege, level)
 
 
 # =============================================================================
@@ -1511,7 +1511,7 @@ class AccessTest(OwnDaemonTestCase):
         _, client = self.inside_with_client()
         for level, row in itertools.product(range(16), ROWS):
             with self.subTest(row.names, level=level):
-                client.level = level
+                client.privilege = level
                 reply = uvscpd.run_command(client, row.names[0] + " x" * row.least)
                 self.assertEqual(reply == NOT_ALLOWED + "\r\n", level < row.privilege)
 
@@ -2295,7 +2295,7 @@ class ArgumentTest(OwnDaemonTestCase):
     )
     BAD_USERS = (       # the end of the message, files
         ("line 3: a user needs a name and a password", "a b\n\nc"),
-        ("line 1: the level is not a number from 0 to 15", "a b 16", "a two words 4"),
+        ("line 1: the privilege is not a number from 0 to 15", "a b 16", "a two words 4"),
         ("line 1: 'nonsense' is not an address, network or pattern", "a b 1 nonsense"),
         ("line 2: user a is there twice", "a b\na c"),
         ("line 1: only printable ASCII characters without spaces", "\xe9 b", "a \0", "a b\xa04"),
@@ -2756,7 +2756,7 @@ class ReadmeTest(OwnDaemonTestCase):
             file.write(text)
             file.flush()
             users, _ = uvscpd.read_users(file.name)
-        self.assertEqual([(name, user.level) for name, user in users.items()],
+        self.assertEqual([(name, user.privilege) for name, user in users.items()],
                          [("panel", 4), ("watcher", 2), ("hass", 15)])
         name, password = re.findall(r"`printf %s (\w+):(\w+) \| sha256sum`", self.readme)[0]
         self.assertTrue(uvscpd.find_user(users, name, password, "192.168.1.8"))

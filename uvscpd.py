@@ -48,7 +48,7 @@ import time
 from collections import deque, namedtuple
 from functools import lru_cache, partialmethod
 
-# Older ones than 3.6 stop at the next line, which therefore says why.
+# Python 3.5 and older show the next line as a syntax error, so its comment says why.
 TYPE_CHECKING: bool = False     # Python 3.7 or newer is needed
 if sys.version_info < (3, 7):
     sys.exit("uvscpd.py: Python 3.7 or newer is needed")
@@ -618,9 +618,9 @@ def allowed(host: str, patterns: "list[Callable[[str], bool]]") -> bool:
     return not patterns or any(matches(host) for matches in patterns)
 
 
-# Who may log in: digest, the SHA-256 of NAME:PASSWORD; level, the privilege; hosts, patterns of
-# the addresses from which, none for any.
-User = namedtuple("User", "name digest level hosts")
+# Who may log in. digest: the SHA-256 of NAME:PASSWORD. privilege: 0-15. hosts: patterns of the
+# addresses to come from, none for any.
+User = namedtuple("User", "name digest privilege hosts")
 
 
 def password_digest(name: str, password: str) -> bytes:
@@ -1116,7 +1116,7 @@ class Client:
         self.view = make_view(self.filter, self.mask, self.interface_guid)
         # What it may do
         self.user: User | None = None           # logged in
-        self.level: int = daemon.options.guest  # 0-15, compared with the privilege of a command
+        self.privilege: int = daemon.options.guest      # 0-15, compared with that of a command
         self.given_name = ""                    # USER's, for the PASS that follows
         self.failures = 0                       # how often that was wrong
         # Its events: lines, and what STAT counts
@@ -1283,8 +1283,8 @@ class Client:
         name = user.name if user else ""
         self.name = f"{self.address} ({name})" if name else self.address
         self.short_name = name or ":" + self.address.rpartition(":")[2]
-        self.level = user.level if user else self.daemon.options.guest
-        if self.level < COMMANDS["rcvloop"].privilege:
+        self.privilege = user.privilege if user else self.daemon.options.guest
+        if self.privilege < COMMANDS["rcvloop"].privilege:
             self.stream_at = self.sign_at = NEVER
 
     def has_ended(self) -> bool:
@@ -1484,7 +1484,7 @@ def run_command(client: Client, line: str) -> str:
         if name != "+":
             client.previous = line
         row = find_command(name)
-        if client.level < row.privilege:
+        if client.privilege < row.privilege:
             raise VscpError("Need to log in to perform this command.")
         if len(arguments) > row.most and "," in row.usage:      # people type spaces behind commas
             arguments = re.sub(", +", ",", " ".join(arguments)).split()
@@ -2178,7 +2178,8 @@ class Daemon:
         self.suspects = {each: until for each, until in self.suspects.items() if until > self.now}
         if len(self.suspects) < MOST_SUSPECTS:
             self.suspects[network_of(client.host)] = self.now + WRONG_LOGIN_S
-        del self.clients[client]            # to the end: others from there have their try first
+        # To the end of the order of service: others from that address have their try first.
+        del self.clients[client]
         self.clients[client] = None
 
     def next_channel_id(self) -> int:
@@ -2637,7 +2638,7 @@ def login_argument(text: str) -> str:
 
 
 def read_users(path: str) -> "tuple[dict[str, User], bool]":
-    """The users in a file: NAME PASSWORD [LEVEL [HOST...]], one per line; `#` starts a comment.
+    """The users in a file: NAME PASSWORD [PRIVILEGE [HOST...]], one per line; `#` starts a comment.
 
     And whether anybody can read it.
     """
@@ -2657,10 +2658,10 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
                 name, password = map(login_argument, words[:2])
                 if name in users:
                     raise VscpError(f"user {name} is there twice")
-                level = words[2] if words[2:] else str(MOST_PRIVILEGED)
-                if not re.fullmatch("[0-9]|1[0-5]", level):     # perhaps a part of the password
-                    raise VscpError("the level is not a number from 0 to 15")
-                users[name] = User(name, password_digest(name, password), int(level),
+                privilege = words[2] if words[2:] else str(MOST_PRIVILEGED)
+                if not re.fullmatch("[0-9]|1[0-5]", privilege):     # perhaps a part of the password
+                    raise VscpError("the privilege is not a number from 0 to 15")
+                users[name] = User(name, password_digest(name, password), int(privilege),
                                    [parse_pattern(word) for word in words[3:]])
         except VscpError as error:
             raise VscpError(f"line {number}: {error}") from None
@@ -2728,10 +2729,10 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
 
     add = parser.add_argument_group("access").add_argument
     add("--users", metavar="FILE", dest="users_file",
-        help="users, one per line: NAME PASSWORD [LEVEL [HOST...]]")
+        help="users, one per line: NAME PASSWORD [PRIVILEGE [HOST...]]")
     add("-U", "--user", metavar="NAME", type=login_argument, help="name of one more user")
     add("-P", "--password", metavar="PASSWORD", type=login_argument, help="its password")
-    add("--guest", metavar="LEVEL", type=number_from(0, MOST_PRIVILEGED),
+    add("--guest", metavar="PRIVILEGE", type=number_from(0, MOST_PRIVILEGED),
         help="privilege of clients that have not logged in, 0-15 (default 15, with --users 0)")
     add("--allow", metavar="PATTERN", type=parse_pattern, action="append", default=[],
         help="addresses that may connect, may be repeated: 192.168.1.8, 192.168.1.* or "
