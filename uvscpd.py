@@ -2946,8 +2946,8 @@ def serve(options: argparse.Namespace) -> int:
         daemon.run()
     finally:
         daemon.close()
-        for number in STOP_SIGNALS:         # one more would end Python's own end, with its status
-            signal.signal(number, signal.SIG_IGN)
+        # From here on one more would end the process in Python's own end, with another status.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         if pidfile:
             remove_pidfile(pidfile)
     if log.debugging:
