@@ -1848,10 +1848,14 @@ class Daemon:
     def report_to_systemd(self) -> None:
         """Send systemd the state when it changes, and new numbers every 10 s."""
         state = f"{self.bus.name}: {self.bus.state.text}, {counted(len(self.clients), 'client')}"
-        numbers = f"{counted(self.frames, 'frame')}, {self.lost + self.bus.overruns} lost"
+        numbers = self.totals()
         due = state != self.status[0] or numbers != self.status[1] and self.status_at <= self.now
         if due and notify(f"READY=1\nSTATUS={state}, {numbers}"):
             self.status, self.status_at = (state, numbers), self.now + STATUS_S
+
+    def totals(self) -> str:
+        """How many frames were handed out, how many were lost here or in the kernel."""
+        return f"{counted(self.frames, 'frame')}, {self.lost + self.bus.overruns} lost"
 
     def close(self) -> None:
         """End every connection."""
@@ -2952,8 +2956,7 @@ def serve(options: argparse.Namespace) -> int:
             remove_pidfile(pidfile)
     if log.debugging:
         log.debug("\n".join(daemon.summary()))
-    log.info(f"stopped after {duration_text(daemon.now - daemon.began)}: "
-             f"{counted(daemon.frames, 'frame')}, {daemon.lost + daemon.bus.overruns} lost")
+    log.info(f"stopped after {duration_text(daemon.now - daemon.began)}: {daemon.totals()}")
     return 0
 
 
