@@ -566,6 +566,9 @@ def pack_filters(wanted: "Iterable[tuple[int, int]]") -> bytes:
 # =============================================================================
 # Who may connect, and who may log in.
 
+EVERYWHERE = ("::", "0.0.0.0")  # what a socket for all addresses is bound to
+
+
 def plain_address(address: str) -> str:
     """An address without its zone; an IPv4 address as such, though it comes by IPv6."""
     address = address.partition("%")[0]
@@ -960,7 +963,7 @@ class Bus:
             # kernel's time of it.
             if can_id >> 29 == EXTENDED and well and ancillary and not flags & MSG_CONFIRM:
                 seconds, nanoseconds = unpack_time(ancillary[0][2])
-                # Cutting off nothing, too, takes 3 us of 120.
+                # A slice of all 8 bytes would take 3 us of the 120 that a frame takes.
                 frames.append((can_id & EFF_MASK, data if length == 8 else data[:length],
                                seconds, nanoseconds, None))
             else:
@@ -2012,7 +2015,7 @@ class Daemon:
         if data and data[0] != 0:
             return None         # it does not speak TCP/IP
         bound = plain_address(self.listener.getsockname()[0])
-        if bound not in ("::", "0.0.0.0"):
+        if bound not in EVERYWHERE:
             return None if ":" in bound else bound
         told = len(data) >= 5 and any(data[1:5])
         return address_towards(socket.inet_ntoa(data[1:5]) if told else "192.0.2.1")
@@ -2065,7 +2068,7 @@ class Daemon:
         self.watch_bus()
         for client in waiting:
             if not client.closed:           # by the turn of another one
-                log.debug(f"{client.name} > {client.lines[0]}")
+                client.log_exchange(client.lines[0], "")    # the reply follows
                 client.lines[0] = VscpError(self.full_text)
                 client.resume_at = 0.0
                 client.turn()
@@ -2943,7 +2946,7 @@ def serve(options: argparse.Namespace) -> int:
         if child_end is not None:
             ready(child_end, listener.getsockname()[1])
         host, port = listener.getsockname()[:2]
-        everywhere = host in ("::", "0.0.0.0")
+        everywhere = host in EVERYWHERE
         log.info(f"uvscpd.py {__version__}: listening on {ALL_ADDRESSES if everywhere else host} "
                  f"port {port}, bus {options.canbus}")
         log_access(options, everywhere)
