@@ -1006,7 +1006,7 @@ class BusTest(unittest.TestCase):
     )
 
     def setUp(self) -> None:
-        self.bus = uvscpd.Bus(":virtual:", lambda _sock, _events: None)
+        self.bus = uvscpd.Bus(":virtual:", lambda _sock: None)
         self.addCleanup(self.bus.close)
         assert self.bus.sock and self.bus.out
         self.sock, self.out = self.bus.sock, self.bus.out
@@ -1029,14 +1029,14 @@ class BusTest(unittest.TestCase):
 
     def test_virtual_bus_is_bounded(self) -> None:
         sent = []
-        with self.assertRaises(uvscpd.Later):
-            for number in range(uvscpd.MOST_UNDER_WAY):
+        with self.assertRaises(uvscpd.NoRoom):
+            for number in range(uvscpd.MAX_UNDER_WAY):
                 self.bus.send(number, b"", SENDERS["A"])
                 sent.append(number)
         self.assertGreater(len(sent), 100)
         frames, empty = self.bus.read(3)
         self.assertEqual(([frame[0] for frame in frames], empty), ([0, 1, 2], False))
-        frames, empty = self.bus.read(uvscpd.MOST_UNDER_WAY)
+        frames, empty = self.bus.read(uvscpd.MAX_UNDER_WAY)
         self.assertEqual(([frame[0] for frame in frames], empty), (sent[3:], True))
         self.bus.send(1, b"", SENDERS["A"])
 
@@ -1511,7 +1511,7 @@ class AccessTest(OwnDaemonTestCase):
         _, client = self.inside_with_client()
         for level, row in itertools.product(range(16), ROWS):
             with self.subTest(row.names, level=level):
-                client.privilege = level
+                client.user = uvscpd.User("", b"", level, [])
                 reply = uvscpd.run_command(client, row.names[0] + " x" * row.least)
                 self.assertEqual(reply == NOT_ALLOWED + "\r\n", level < row.privilege)
 
@@ -1576,10 +1576,10 @@ class AccessTest(OwnDaemonTestCase):
             client, _ = self.connect_inside(daemon)
             client.lines.extend(["user Admin", *[f"pass {password}"] * 4])
         for turn in range(10):                  # a guess of each of the others
-            self.assertIsNone(client.user, turn)
+            self.assertIs(client.user, daemon.guest, turn)
             daemon.tick()
             daemon.now += uvscpd.WRONG_LOGIN_S
-        self.assertIsNotNone(client.user)
+        self.assertIsNot(client.user, daemon.guest)
 
     def test_users_file_of_a_relative_name_detached(self) -> None:
         name = os.path.join("..", os.path.relpath(self.file("a b"), tempfile.gettempdir()))
@@ -1834,7 +1834,7 @@ class TurnTest(OwnDaemonTestCase):
             if client:
                 daemon.tick()
                 self.assertGreater(min(daemon.stop_by, daemon.tick_at), daemon.now)
-                daemon.drop(client, "")
+                client.close()
                 self.assertEqual(daemon.tick_at, daemon.now)
             daemon.tick()
             self.assertEqual(daemon.stop_by, daemon.now)
@@ -1854,13 +1854,12 @@ class TurnTest(OwnDaemonTestCase):
         for milliseconds, gone in ((299999, False), (300001, True)):
             daemon, client = self.inside_with_client()
             info = bytes(56) + struct.pack("=I", milliseconds) + bytes(4)
-            with mock.patch.object(client, "sock", wraps=client.sock) as sock:
-                sock.getsockopt.side_effect = lambda *_, info=info: info
+            with mock.patch.object(client, "tcp_info", return_value=info):
                 for seconds, closed in ((9, False), (2, gone)):
                     daemon.now += seconds
                     client.tick()
                     self.assertEqual(client.closed, closed)
-            daemon.drop(client, "")
+            client.close()
 
     def test_next_tick_is_the_earliest_time(self) -> None:
         daemon = self.inside()
@@ -1876,7 +1875,7 @@ class TurnTest(OwnDaemonTestCase):
         daemon = self.inside()
         client, other_end = self.connect_inside(daemon)
         with mock.patch.object(daemon.bus, "send",
-                               side_effect=uvscpd.Later(uvscpd.NEVER, "no room")):
+                               side_effect=uvscpd.NoRoom("no room", uvscpd.NEVER)):
             client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
             client.turn()
             client.sign_at = daemon.now
@@ -1886,6 +1885,23 @@ class TurnTest(OwnDaemonTestCase):
             daemon.tick()
         self.assertTrue(other_end.recv(4096).endswith(
             b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
+
+    def test_end_of_input_while_a_SEND_waits(self) -> None:
+        daemon = self.inside()
+        client, other_end = self.connect_inside(daemon)
+        full = uvscpd.NoRoom("full", uvscpd.NEVER)
+        with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
+            other_end.sendall(b"send 96,20,3,0,,0,-\n")
+            other_end.shutdown(socket.SHUT_WR)
+            for _ in range(3):
+                for key, mask in daemon.selector.select(0):
+                    key.data(mask)
+            self.assertEqual(list(daemon.waiting), [client])
+            send.side_effect = None
+            daemon.send_waiting()
+        other_end.settimeout(TIMEOUT)
+        self.assertTrue(other_end.recv(4096).endswith(b":virtual:\r\n+OK\r\n"))
+
     def test_nothing_is_sent_for_own_events(self) -> None:
         daemon = self.inside()
         (client, _), (other, _) = self.connect_inside(daemon), self.connect_inside(daemon)
@@ -1895,7 +1911,7 @@ class TurnTest(OwnDaemonTestCase):
     def test_clients_that_wait_for_the_bus_give_up_together(self) -> None:
         daemon = self.inside()
         clients = [self.connect_inside(daemon)[0] for _ in range(9)]
-        full = uvscpd.Later(uvscpd.NEVER, "full")
+        full = uvscpd.NoRoom("full", uvscpd.NEVER)
         with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
             for client in clients:
                 client.lines.extend(["send 96,20,3,0,,0,-"])
@@ -2068,28 +2084,28 @@ class SystemdTest(OwnDaemonTestCase):
         self.connect(daemon)                # by now the daemon has tried to send READY
         self.await_texts(sock, "READY=1")
 
-    def test_READY_again_when_systemd_did_not_listen(self) -> None:
-        daemon = self.inside()
-        name = self.file("") + ".sock"
+    def systemd(self, name: str) -> uvscpd.Systemd:
         with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
-            daemon.tick()
-            sock, _ = self.notify_socket(name)
-            for _ in range(2):
-                daemon.tick()
-        self.assertEqual(self.heard(sock),
-                         ["READY=1\nSTATUS=:virtual:: OK, 0 clients, 0 frames, 0 lost"])
+            systemd = uvscpd.Systemd(0.0)
+        self.addCleanup(systemd.sock.close)
+        return systemd
+
+    def test_READY_again_when_systemd_did_not_listen(self) -> None:
+        name = self.file("") + ".sock"
+        systemd = self.systemd(name)
+        systemd.tick(0.0, "OK", "0 frames")
+        sock, _ = self.notify_socket(name)
+        for _ in range(2):
+            systemd.tick(0.0, "OK", "0 frames")
+        self.assertEqual(self.heard(sock), ["READY=1\nSTATUS=OK, 0 frames"])
 
     def test_STATUS_numbers_every_ten_seconds(self) -> None:
-        daemon = self.inside()
         sock, name = self.notify_socket()
-        with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": name}):
-            for seconds, frames, told in ((0, 0, True), (9, 5, False), (2, 5, True), (11, 5, False),
-                                          (0, 6, True), (9, 7, False)):
-                daemon.now += seconds
-                daemon.frames = frames
-                daemon.tick()
-                self.assertEqual(self.heard(sock), [
-                    f"READY=1\nSTATUS=:virtual:: OK, 0 clients, {frames} frames, 0 lost"] * told)
+        systemd = self.systemd(name)
+        for now, numbers, told in ((0, "0", True), (9, "5", False), (11, "5", True),
+                                   (22, "5", False), (22, "6", True), (31, "7", False)):
+            systemd.tick(now, "OK", numbers)
+            self.assertEqual(self.heard(sock), [f"READY=1\nSTATUS=OK, {numbers}"] * told)
 
     def test_watchdog_period(self) -> None:
         pid = str(os.getpid())
@@ -2099,7 +2115,7 @@ class SystemdTest(OwnDaemonTestCase):
                 ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": pid + "0"}, uvscpd.NEVER),
                 *(({"WATCHDOG_USEC": junk}, uvscpd.NEVER) for junk in ("", "0", "x", "9" * 400))):
             with self.subTest(environment), mock.patch.dict(os.environ, environment):
-                self.assertEqual(uvscpd.watchdog_period(), seconds)
+                self.assertEqual(uvscpd.Systemd.watchdog_period(), seconds)
 
 
 # =============================================================================
@@ -3091,7 +3107,7 @@ class SendersTest(KernelTestCase):
         self.assert_senders_known(*peers)
 
     def test_confirmations_lost_in_a_full_receive_buffer(self) -> None:
-        bus, node = uvscpd.Bus(self.name, lambda _sock, _events: None), self.node()
+        bus, node = uvscpd.Bus(self.name, lambda _sock: None), self.node()
         self.addCleanup(bus.close)
         bus.set_filters([(0, 0)], True)
 
@@ -3834,7 +3850,7 @@ class TroubleTest(OwnDaemonTestCase):
             chance, send = random.Random(1), uvscpd.Bus.send
             def send_or_not(*arguments):
                 if chance.random() < 0.3:
-                    raise uvscpd.Later(uvscpd.NEVER, "a full bus for the test", 0.001)
+                    raise uvscpd.NoRoom("a full bus for the test", 0.001)
                 send(*arguments)
             uvscpd.Bus.send = send_or_not
         """))
@@ -3921,7 +3937,7 @@ class TroubleTest(OwnDaemonTestCase):
 
     def test_too_many_linger_and_the_longest_is_dropped(self) -> None:
         daemon = self.inside("--max-clients", "200")
-        clients = [self.connect_inside(daemon)[0] for _ in range(uvscpd.MOST_LEAVING + 2)]
+        clients = [self.connect_inside(daemon)[0] for _ in range(uvscpd.MAX_LEAVING + 2)]
         clients[0].output += b"not yet sent"
         for number, client in enumerate(clients):
             self.assertEqual([each.closed for each in clients].index(True) if number > 100 else 0,

@@ -63,95 +63,13 @@ __version__ = "1.0.0"
 
 
 # =============================================================================
-# 1. Constants, errors, log
+# 1. Errors, log
 # =============================================================================
-# Numbers with their units and sources, the one error for everything that a user
-# can do wrong, and messages for the operator, which never block.
+# The one error for everything that a user can do wrong, and messages for the
+# operator, which never block. Numbers stand at the head of the section they are for.
 
-# VSCP's TCP/IP protocol.
-PORT = 8598                     # uvscpd's; the full VSCP daemon has 9598
-MAX_LINE = 512                  # characters in a command line; the C uvscpd has 320,
-                                # too few for a Level II event with a long datetime
-SIGN_OF_LIFE_S = 2.0            # a lone +OK this often inside the receive loop
-# node-vscp-tcp loses events that it reads together with RCVLOOP's +OK. Measured: sent at
-# once, half are lost; 20 ms later, none.
-RCVLOOP_PAUSE_S = 0.05
-NOT_TEXT = bytes(b for b in range(256) if b != 0x0A and not 0x20 <= b <= 0x7E)
-CAPABILITIES = 1 << 15 | 1 << 5 | 1 << 3    # WCYD: TCP server, IPv4, several connections
-CAPABILITY_IPV6 = 1 << 6
-
-# Server discovery: CAN ids of class 0 type 27 and 28, and the bits that hold class and type.
-PROBE, PROBE_RESPONSE, PROBE_MASK = 27 << 8, 28 << 8, 0x01FFFF00
-MOST_ANSWERS = 10               # per second
-
-# SocketCAN, from linux/can.h, linux/can/raw.h and linux/can/error.h.
-EFF_FLAG = 0x80000000           # in the can_id: extended frame, 29-bit id
-RTR_FLAG = 0x40000000           # remote request
-ERR_FLAG = 0x20000000           # error frame, the id is a set of error classes
-EFF_MASK = 0x1FFFFFFF
-EXTENDED = EFF_FLAG >> 29       # these three flags of an extended data frame
-FRAME = struct.Struct("=IB3x8s")            # struct can_frame: can_id, length, data
-FRAME_SIZE, unpack_frame = FRAME.size, FRAME.unpack
-FILTER = struct.Struct("=II")               # struct can_filter: can_id, mask
-MAX_FILTERS = 512               # CAN_RAW_FILTER_MAX
-
-ERR_TX_TIMEOUT = 0x001          # error classes
-ERR_CRTL = 0x004                # state of the controller, in data[1]
-ERR_ACK = 0x020
-ERR_BUSOFF = 0x040
-ERR_RESTARTED = 0x100
-CRTL_RX_OVERFLOW = 0x01         # data[1] of ERR_CRTL
-CRTL_WARNING = 0x04 | 0x08      # more than 96 errors, receiving or sending
-CRTL_PASSIVE = 0x10 | 0x20      # more than 127
-CRTL_ACTIVE = 0x40
-
-# Linux, from asm-generic/socket.h, linux/sockios.h and linux/tcp.h; Python does not name them.
-CAN_RAW_ERR_FILTER = 2
-SO_RCVBUFFORCE = 33
-SO_TIMESTAMPNS_OLD = 35         # two C longs
-SO_TIMESTAMPNS_NEW = 64         # two 64-bit integers, whatever the word size (Linux 5.1)
-TIMESTAMP = {SO_TIMESTAMPNS_NEW: struct.Struct("=qq"), SO_TIMESTAMPNS_OLD: struct.Struct("@ll")}
-SO_MEMINFO = 55                 # nine 32-bit numbers, the last: frames dropped (Linux 4.12)
-MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
-SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFHWADDR = 0x8913, 0x8915, 0x8927
-IFF_UP = 0x1
-ANCILLARY_SIZE = 64             # bytes; a timestamp needs 32
-TCP_ESTABLISHED = 1             # the first byte of struct tcp_info; not once the peer has closed
-LAST_ACK_RECEIVED = 56          # offset in struct tcp_info of a number of milliseconds
-
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
-# Our own limits.
 NEVER = float("inf")
-TICK_S = 0.5                    # how often everything that has a time is looked at
-RECEIVE_BUFFER = 2 << 20        # bytes of kernel buffer, about 5,400 frames
-FRAMES_A_TURN = 500             # read from the bus before clients are served again
-FRAMES_IN_KERNEL = 8000         # more than the kernel holds for us
-AT_ONCE_S = 0.001               # the bus is readable again this soon: read until it is empty
-BUSY_FRAMES, BUSY_S = 8, 0.02   # that many frames in that time are load: frames gather ...
-GATHER_S = 0.005                # ... for so long, ...
-QUIET_S = 0.02                  # ... but not this soon after a SEND: somebody waits for an answer
-LINES_A_TURN = 32               # commands of one client before the others' turn
-LINES_A_WRITE = 200             # of buffered events; flush() makes segments of them
-READ_SIZE = 16384               # bytes
-SEND_WAIT_S = 1.0               # SENDs give up when the bus has taken no frame for so long
-SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
-MOST_UNDER_WAY = 1000           # own frames that have not come back
-MOST_OVERTAKEN = 64             # places by which a controller with several mailboxes mixes them
-MOST_PRIVILEGED = 15
-WRONG_LOGIN_S = 0.5             # a wrong log-in is answered after this time; until then, other
-                                # log-ins from its address wait
-MOST_WRONG_LOGINS = 5           # then the connection is closed
-MOST_SUSPECTS = 1000            # addresses of wrong log-ins to remember
-LOG_IN_S = 30.0                 # for clients that may do nothing before
-LINGER_S = 5.0                  # to let a last reply arrive before closing
-STOPPING_S = 0.5                # the same when the daemon ends
-MOST_LEAVING = 100              # connections that linger at the same time
-PEER_GONE_S = 300               # a peer that has acknowledged nothing for so long is gone
-PEER_CHECK_S = 10
-COMPLAIN_S = 3600               # a client that loses events is logged once per hour
-STATUS_S = 10                   # how often systemd gets new numbers
-SPARE_DESCRIPTORS = 20          # needed besides those of the clients
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class VscpError(argparse.ArgumentTypeError):
@@ -163,15 +81,21 @@ class VscpError(argparse.ArgumentTypeError):
 
 
 class Later(Exception):
-    """A command cannot be run yet; its line runs again at the time `at`.
+    """A command cannot be run before the time `at`; then its line runs again."""
 
-    For a SEND that waits for room on the bus `at` is NEVER, the text says why there
-    is none, and `retry_s` how soon to try again (NEVER: poll will report room).
+    def __init__(self, at: float) -> None:
+        super().__init__()
+        self.at = at
+
+
+class NoRoom(Exception):
+    """The bus takes no frame at the moment; the text says why.
+
+    `retry_s` is how soon to try again; NEVER: poll will report room.
     """
 
-    def __init__(self, at: float, text: str = "", retry_s: float = NEVER) -> None:
+    def __init__(self, text: str, retry_s: float) -> None:
         super().__init__(text)
-        self.at = at
         self.retry_s = retry_s
 
 
@@ -353,11 +277,20 @@ def parse_event_guid(text: str) -> bytes:
 # so head = (can_id >> 21) & 0xF0. The texts of ids and bytes are kept in tables: that
 # halves the time that SEND and an event line take.
 
+# linux/can.h
+EFF_FLAG = 0x80000000           # in the can_id: extended frame, 29-bit id
+RTR_FLAG = 0x40000000           # remote request
+ERR_FLAG = 0x20000000           # error frame, the id is a set of error classes
+EFF_MASK = 0x1FFFFFFF
+EXTENDED = EFF_FLAG >> 29       # of an extended data frame, can_id >> 29: no other flag is set
+FRAME = struct.Struct("=IB3x8s")            # struct can_frame: can_id, length, data
+FRAME_SIZE, unpack_frame = FRAME.size, FRAME.unpack
+
 if TYPE_CHECKING:
     # A frame that has been on the bus: the CAN id (29 bits, without flags), 0-8 bytes of
     # data, when the kernel received it (seconds since 1970 and nanoseconds), and who of us
     # sent it, None for another node.
-    Frame = tuple[int, bytes, int, int, "Client | Daemon | None"]
+    Frame = tuple[int, bytes, int, int, "Client | Discovery | None"]
 
 
 def pack_id(head: int, vscp_class: int, vscp_type: int, nickname: int) -> int:
@@ -493,6 +426,9 @@ def event_block(lines: "list[str]") -> "tuple[bytes, int]":
 # A client's filter and mask are four fields of text; all that matters of them
 # on CAN is one comparison of the id: a frame passes when can_id & mask == value.
 
+FILTER = struct.Struct("=II")               # struct can_filter: can_id, mask
+MAX_FILTERS = 512               # CAN_RAW_FILTER_MAX
+
 if TYPE_CHECKING:
     # A filter or a mask as a client gives it: priority (0-255), class and type (0-0xFFFF),
     # and the 16 bytes of a GUID.
@@ -566,6 +502,12 @@ def pack_filters(wanted: "Iterable[tuple[int, int]]") -> bytes:
 # =============================================================================
 # Who may connect, and who may log in.
 
+MAX_PRIVILEGE = 15
+LOGIN_S = 30.0                  # for clients that may do nothing before they log in
+WRONG_LOGIN_S = 0.5             # a wrong log-in is answered after this time; until then, other
+                                # log-ins from its address wait
+MAX_WRONG_LOGINS = 5            # then the connection is closed
+MAX_SUSPECTS = 1000             # addresses of wrong log-ins to remember
 EVERYWHERE = ("::", "0.0.0.0")  # what a socket for all addresses is bound to
 
 
@@ -659,6 +601,23 @@ def find_user(users: "dict[str, User]", name: str, password: str, host: str) -> 
 # Sends and receives frames, and knows how the bus is doing. Knows nothing of clients
 # but who sent which frame. What the system reports (OSError) becomes advice here.
 
+# Linux, from linux/can/raw.h, asm-generic/socket.h and linux/sockios.h; Python does not name them.
+CAN_RAW_ERR_FILTER = 2
+SO_RCVBUFFORCE = 33
+SO_TIMESTAMPNS_OLD = 35         # two C longs
+SO_TIMESTAMPNS_NEW = 64         # two 64-bit integers, whatever the word size (Linux 5.1)
+TIMESTAMP = {SO_TIMESTAMPNS_NEW: struct.Struct("=qq"), SO_TIMESTAMPNS_OLD: struct.Struct("@ll")}
+ANCILLARY_SIZE = 64             # bytes; a timestamp needs 32
+SO_MEMINFO = 55                 # nine 32-bit numbers, the last: frames dropped (Linux 4.12)
+MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
+SIOCGIFFLAGS, IFF_UP = 0x8913, 0x1
+
+RECEIVE_BUFFER = 2 << 20        # bytes of kernel buffer, about 5,400 frames
+FRAMES_IN_KERNEL = 8000         # reading so many empties it
+SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
+MAX_UNDER_WAY = 1000            # own frames that have not come back
+MAX_OVERTAKEN = 64              # places by which a controller with several mailboxes mixes them
+
 WELL, WARNING, PASSIVE, BUS_OFF, AWAY = range(5)     # AWAY: no usable interface
 
 
@@ -674,17 +633,39 @@ def trouble(state: BusState) -> str:
     return f"{state.text}, try: {state.advice}" if state.advice else str(state.text)
 
 
-# What error frames mean: error class, bits of data[1] of which one is set (0: any), status,
-# text. The first row that fits counts.
+ERR_TX_TIMEOUT = 0x001          # error classes
+ERR_CRTL = 0x004                # state of the controller, in data[1]
+ERR_ACK = 0x020
+ERR_BUSOFF = 0x040
+ERR_RESTARTED = 0x100
+CRTL_RX_OVERFLOW = 0x01         # data[1] of ERR_CRTL
+
+# What error frames mean (linux/can/error.h): error class, bit of data[1] (0: any), the status of
+# the bus (None: it stays), what INFO says of it, what -d says. The first row with a status counts.
 ERRORS = (
-    (ERR_BUSOFF, 0, BUS_OFF, "bus off"),
-    (ERR_RESTARTED, 0, WELL, "OK"),
-    (ERR_CRTL, CRTL_PASSIVE, PASSIVE, "error passive"),
-    (ERR_CRTL, CRTL_WARNING, WARNING, "error warning"),
-    (ERR_CRTL, CRTL_ACTIVE, WELL, "OK"),
-    (ERR_ACK, 0, WARNING, "nobody acknowledges"),
-    (ERR_TX_TIMEOUT, 0, WARNING, "transmit timeout"),
+    (ERR_BUSOFF, 0, BUS_OFF, "bus off", "bus off"),
+    (ERR_RESTARTED, 0, WELL, "OK", "restarted"),
+    (ERR_CRTL, 0x10, PASSIVE, "error passive", "receive passive"),      # more than 127 errors
+    (ERR_CRTL, 0x20, PASSIVE, "error passive", "transmit passive"),
+    (ERR_CRTL, 0x04, WARNING, "error warning", "receive warning"),      # more than 96
+    (ERR_CRTL, 0x08, WARNING, "error warning", "transmit warning"),
+    (ERR_CRTL, 0x40, WELL, "OK", "active"),
+    (ERR_CRTL, CRTL_RX_OVERFLOW, None, "", "receive overflow"),
+    (ERR_CRTL, 0x02, None, "", "transmit overflow"),
+    (ERR_ACK, 0, WARNING, "nobody acknowledges", "nobody acknowledges"),
+    (ERR_TX_TIMEOUT, 0, WARNING, "transmit timeout", "transmit timeout"),
+    (0x002, 0, None, "", "lost arbitration"),
+    (0x008, 0, None, "", "protocol violation"),
+    (0x010, 0, None, "", "transceiver"),
+    (0x080, 0, None, "", "bus error"),
 )
+STATUS_ERRORS = sum({row[0] for row in ERRORS if row[2] is not None})   # what the kernel reports
+
+
+def errors_in(can_id: int, data: bytes) -> "list[tuple[int, int, int | None, str, str]]":
+    """The rows of ERRORS that are in an error frame."""
+    controller = data[1] if len(data) > 1 else 0
+    return [row for row in ERRORS if can_id & row[0] and (not row[1] or controller & row[1])]
 
 
 def interface_exists(name: str) -> bool:
@@ -693,6 +674,52 @@ def interface_exists(name: str) -> bool:
         return socket.if_nametoindex(name) > 0
     except OSError:
         return False
+
+
+class OwnFrames:
+    """Frames that were sent and have not come back from the bus: who sent them.
+
+    They come back, confirmed, in the order in which they were sent, unless a
+    controller with several mailboxes lets some overtake others. Some never come back:
+    the receive buffer was full, the interface went, the controller is in one-shot mode.
+    """
+
+    def __init__(self) -> None:
+        # CAN id, data, sender and number of each, the oldest first.
+        self.frames: deque[tuple[int, bytes, Client | Discovery, int]] = deque(maxlen=MAX_UNDER_WAY)
+        self.next_number = 1
+
+    def add(self, can_id: int, data: bytes, sender: "Client | Discovery") -> None:
+        """Note a frame that was sent."""
+        self.frames.append((can_id, data, sender, self.next_number))
+        self.next_number += 1
+
+    def claim(self, can_id: int, data: bytes) -> "Client | Discovery | None":
+        """Who sent a frame that came back; None: nobody knows.
+
+        Of equal frames the newest is claimed, so one that never comes back is not
+        mistaken for a later one of another sender. What is far older than a frame
+        that came back is forgotten.
+        """
+        equal = [place for place, own in enumerate(self.frames)
+                 if own[1] == data and own[0] == can_id]
+        if not equal:
+            return None
+        sender, oldest = self.frames[equal[-1]][2], self.frames[equal[0]][3]
+        del self.frames[equal[-1]]
+        self.forget(oldest - MAX_OVERTAKEN)
+        return sender
+
+    def forget(self, before: int) -> None:
+        """Forget those with lower numbers than this: they will not come back."""
+        while self.frames and self.frames[0][3] < before:
+            self.frames.popleft()
+
+    def keep(self, wanted: "Callable[[int], bool]") -> None:
+        """Forget those whose CAN id the kernel does not let through any more."""
+        kept = [own for own in self.frames if wanted(own[0])]
+        self.frames.clear()
+        self.frames.extend(kept)
 
 
 class Bus:
@@ -707,20 +734,16 @@ class Bus:
     kernel support is needed.
     """
 
-    def __init__(self, name: str, watch: "Callable[[socket.socket, int], None]") -> None:
+    def __init__(self, name: str, forget: "Callable[[socket.socket], None]") -> None:
         self.name = name
         self.virtual = name == ":virtual:"
-        self.watch_socket = watch           # has the selector watch one for these events
+        self.forget_socket = forget         # has the selector forget one that will be closed
         self.sock: socket.socket | None = None      # to read from
         self.out: socket.socket | None = None       # to send with; on CAN a second descriptor of
                                                     # `sock`, as a selector watches one only once
         self.filters: list[tuple[int, int]] = []    # value and mask, as in View
         self.shared = False                 # somebody wants to get what another one sent
-        # Own frames come back, confirmed, in the order in which they were sent: CAN id, data,
-        # sender and number of those that have not. The numbers show which were overtaken by too
-        # many others; those are given up. Empty as long as nobody wants them back.
-        self.own: deque[tuple[int, bytes, Client | Daemon, int]] = deque(maxlen=MOST_UNDER_WAY)
-        self.sent = 1                       # the number of the next one
+        self.own = OwnFrames()              # empty as long as nobody wants them back
         self.own_wanted = False             # whether the kernel now gives back own frames
         self.state = self.logged = self.worst = BUS_WELL   # now, as logged, the worst since
         # The interface went, or the controller gave up: own frames numbered below this are lost,
@@ -728,7 +751,7 @@ class Bus:
         self.lost_before = 0
         self.bus_offs = self.warnings = 0   # since the daemon was started
         self.overruns = 0                   # frames that the kernel or the controller dropped
-        self.errors = 0                     # error frames, counted with -d only
+        self.errors = 0                     # error frames; without -d some stay in the kernel
         self.dropped = 0                    # the kernel's running total for this socket
         self.unpack_time = TIMESTAMP[SO_TIMESTAMPNS_NEW].unpack
         self.open()
@@ -740,7 +763,7 @@ class Bus:
         try:
             if self.virtual:
                 self.sock, self.out = socket.socketpair()
-                # Room for 683 frames, less than MOST_UNDER_WAY: the kernel doubles this number
+                # Room for 683 frames, less than MAX_UNDER_WAY: the kernel doubles this number
                 # and charges 768 bytes per frame.
                 self.out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
             else:
@@ -757,14 +780,13 @@ class Bus:
         self.own_wanted = self.virtual
         self.dropped = 0
         self.set_filters(self.filters, self.shared)
-        self.watch(True, False)
         self.check_interface()
 
     def set_options(self, sock: socket.socket) -> None:
         """Set what does not depend on the clients."""
         sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
-        sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER, EFF_MASK if log.debugging else
-                        ERR_TX_TIMEOUT | ERR_CRTL | ERR_ACK | ERR_BUSOFF | ERR_RESTARTED)
+        sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER,
+                        EFF_MASK if log.debugging else STATUS_ERRORS)
         # The smallest there is, a few frames: narrower than the transmit queue, so that poll
         # can tell when there is room.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
@@ -783,17 +805,11 @@ class Bus:
 
     def close(self) -> None:
         """Close the socket; the selector forgets it first."""
-        self.watch(False, False)
         for sock in (self.sock, self.out):
             if sock is not None:
+                self.forget_socket(sock)
                 sock.close()
         self.sock = self.out = None
-
-    def watch(self, reading: bool, writing: bool) -> None:
-        """Have the selector say when there is something to read, when there is room."""
-        if self.sock is not None and self.out is not None:
-            self.watch_socket(self.sock, READ * reading)
-            self.watch_socket(self.out, WRITE * writing)
 
     def check(self) -> None:
         """Look after the bus and log how it is doing; called once per tick.
@@ -825,7 +841,7 @@ class Bus:
             flags, = struct.unpack_from("=H", fcntl.ioctl(self.sock, SIOCGIFFLAGS, request), 16)
         except OSError as error:
             self.close()
-            self.own.clear()
+            self.own.forget(self.own.next_number)
             self.set_away(error.errno)
             return
         if not flags & IFF_UP:
@@ -885,14 +901,12 @@ class Bus:
         self.filters, self.shared = [(0, 0)] if log.debugging else filters, shared
         if self.virtual or self.sock is None:
             return
-        own = [each for each in self.own if self.passes(each[0])]
-        self.own.clear()
-        self.own.extend(own)
+        self.own.keep(self.passes)
         try:
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
                                  FILTER.pack(0, 0) if log.debugging else pack_filters(filters))
         except OSError:
-            self.lost_before = self.sent    # the interface went just now; open() sets them again
+            self.lost_before = self.own.next_number     # the interface went; open() sets them
         self.want_own()
 
     def passes(self, can_id: int) -> bool:
@@ -904,38 +918,38 @@ class Bus:
 
         Measured: 10,000 pipelined SENDs take 2.0 s of CPU with them, 0.93 s without.
         """
-        wanted = (self.shared or bool(self.own) or self.state is not BUS_WELL or log.debugging)
+        wanted = (self.shared or bool(self.own.frames) or self.state is not BUS_WELL
+                  or log.debugging)
         if self.sock is not None and not self.virtual and wanted != self.own_wanted:
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, wanted)
             self.own_wanted = wanted
 
-    def send(self, can_id: int, data: bytes, sender: "Client | Daemon") -> None:
+    def send(self, can_id: int, data: bytes, sender: "Client | Discovery") -> None:
         """Put a frame onto the bus.
 
-        Raises Later when there is no room at the moment, VscpError, with what
-        helps, when the bus cannot take it.
+        Raises NoRoom when there is none at the moment, VscpError, with what helps,
+        when the bus cannot take it.
         """
         if self.out is None:
             raise VscpError(trouble(self.state))
         if self.state.status == BUS_OFF and not self.has_carrier():
-            raise Later(NEVER, trouble(self.state), TICK_S)
+            raise NoRoom(trouble(self.state), TICK_S)
         try:
             self.out.send(pack_frame(can_id, data))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ENOBUFS):
-                raise Later(NEVER, f"{self.name} takes no more frames: nobody acknowledges, "
-                            "bus off, or too much traffic",
-                            NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
+                raise NoRoom(f"{self.name} takes no more frames: nobody acknowledges, bus off, "
+                             "or too much traffic",
+                             NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
             # The kernel reports once that the interface went; it may be up again: try once more.
             if not self.lost_before:
-                self.lost_before = self.sent
+                self.lost_before = self.own.next_number
                 self.send(can_id, data, sender)
                 return
             self.set_away(error.errno)
             raise VscpError(trouble(self.state)) from None
         if self.virtual or self.own_wanted and self.passes(can_id):
-            self.own.append((can_id, data, sender, self.sent))
-            self.sent += 1
+            self.own.add(can_id, data, sender)
 
     def read(self, limit: int) -> "tuple[list[Frame], bool]":
         """What has come, oldest first, and whether that was all.
@@ -956,7 +970,7 @@ class Bus:
                 empty = True
                 break
             except OSError:
-                self.lost_before = self.sent
+                self.lost_before = self.own.next_number
                 continue
             can_id, length, data = unpack_frame(raw)
             # The usual: an extended data frame of another node, on a bus that is well, with the
@@ -971,7 +985,7 @@ class Bus:
                 well = self.state is BUS_WELL
         if self.lost_before:
             if empty:
-                self.forget_own(self.lost_before)
+                self.own.forget(self.lost_before)
                 self.lost_before = 0
                 self.check_interface()
             elif limit < FRAMES_IN_KERNEL:
@@ -990,7 +1004,8 @@ class Bus:
             self.on_error_frame(can_id, data)
         if can_id >> 29 != EXTENDED:
             if log.debugging:
-                log.debug(self.foreign_row(can_id, data), seconds * 1000000 + nanoseconds // 1000)
+                log.debug(foreign_row(self.name, can_id, data),
+                          seconds * 1000000 + nanoseconds // 1000)
             return []
         confirmed = self.virtual or bool(flags & MSG_CONFIRM)
         # A frame went over the bus, so somebody is there.
@@ -998,52 +1013,21 @@ class Bus:
         if self.state.status == WARNING and self.state.code & over:
             self.set_state(BUS_WELL)
         can_id &= EFF_MASK
-        sender = self.claim(can_id, data) if confirmed else None
+        sender = self.own.claim(can_id, data) if confirmed else None
         if confirmed and sender is None:    # it was sent when there was nobody else to get it
             return []
         return [(can_id, data, seconds, nanoseconds, sender)]
 
-    def foreign_row(self, can_id: int, data: bytes) -> str:
-        """The line of -d about a frame that is not VSCP: error, standard or remote."""
-        if can_id & ERR_FLAG:
-            self.errors += 1
-            return f"{self.name:<9} ! error frame: {error_meaning(can_id & EFF_MASK, data)}"
-        kind = "remote" if can_id & RTR_FLAG else "standard"
-        number = f"{can_id & EFF_MASK:08X}" if can_id & EFF_FLAG else f"{can_id & 0x7FF:03X}"
-        text = hex_text(data) if kind == "standard" else ""
-        return f"{self.name:<9} - {number:<8}  {kind} frame, not VSCP {text}".rstrip()
-
-    def claim(self, can_id: int, data: bytes) -> "Client | Daemon | None":
-        """Who sent a frame that came back; None: nobody knows.
-
-        Of equal frames the newest is claimed. Some never come back (a full receive
-        buffer, a controller in one-shot mode), and so one of these is never mistaken
-        for a later one of another sender. What is far older than a frame that came
-        back is forgotten.
-        """
-        equal = [place for place, own in enumerate(self.own)
-                 if own[1] == data and own[0] == can_id]
-        if not equal:
-            return None
-        sender, oldest = self.own[equal[-1]][2], self.own[equal[0]][3]
-        del self.own[equal[-1]]
-        self.forget_own(oldest - MOST_OVERTAKEN)
-        return sender
-
-    def forget_own(self, before: int) -> None:
-        """Forget own frames with lower numbers than this: they will not come back."""
-        while self.own and self.own[0][3] < before:
-            self.own.popleft()
-
     def on_error_frame(self, can_id: int, data: bytes) -> None:
         """Note what an error frame (linux/can/error.h) says."""
+        self.errors += 1
         controller = data[1] if len(data) > 1 else 0
         if can_id & ERR_CRTL and controller & CRTL_RX_OVERFLOW:
             self.overruns += 1
-        rows = [row for row in ERRORS if can_id & row[0] and (not row[1] or controller & row[1])]
+        rows = [row for row in errors_in(can_id, data) if row[2] is not None]
         if not rows:
             return
-        status, text = rows[0][2:]
+        _, _, status, text, _ = rows[0]
         if status == WELL:
             if self.has_carrier():
                 self.set_state(BUS_WELL)
@@ -1054,7 +1038,7 @@ class Bus:
         advice = "wiring, bit rate, other nodes"
         if status == BUS_OFF:
             advice = f"ip link set {self.name} down && ip link set {self.name} up"
-            self.lost_before = self.sent    # the controller forgets what it had to send
+            self.lost_before = self.own.next_number     # the controller forgets what it had
         self.set_state(BusState(status, can_id & EFF_MASK, controller, text, advice))
 
     def count_drops(self) -> None:
@@ -1078,6 +1062,25 @@ class Bus:
 # go. Never blocks: what the connection does not take now waits in `output`, and
 # as long as something waits there, no line is run. Its state follows from times:
 # it streams since `stream_at`, pauses until `resume_at`, leaves once `leave_by` is set.
+
+MAX_LINE = 512                  # characters in a command line; the C uvscpd has 320, too few for a
+                                # Level II event with a long datetime
+NOT_TEXT = bytes(b for b in range(256) if b != 0x0A and not 0x20 <= b <= 0x7E)
+SIGN_OF_LIFE_S = 2.0            # a lone +OK this often inside the receive loop
+# node-vscp-tcp loses events that it reads together with RCVLOOP's +OK. Measured: sent at
+# once, half are lost; 20 ms later, none.
+RCVLOOP_PAUSE_S = 0.05
+LINES_PER_TURN = 32             # commands of one client before the others' turn
+LINES_PER_WRITE = 200           # of buffered events; flush() makes segments of them
+READ_SIZE = 16384               # bytes
+LINGER_S = 5.0                  # to let a last reply arrive before closing
+PEER_GONE_S = 300               # a peer that has acknowledged nothing for so long is gone
+PEER_CHECK_S = 10
+COMPLAIN_S = 3600               # a client that loses events is logged once per hour
+# Of struct tcp_info (linux/tcp.h)
+TCP_ESTABLISHED = 1             # its first byte; not once the peer has closed
+LAST_ACK_RECEIVED = 56          # the offset of a number of milliseconds
+
 
 def split_lines(rest: str, data: bytes) -> "tuple[list[str | VscpError], str]":
     """The command lines that end in `data`, and the new rest; `rest` is what came before.
@@ -1108,18 +1111,15 @@ class Client:
         self.sock = sock
         self.host = host
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.name = self.address                # for messages, once logged in with the user
-        self.short_name = f":{port}"            # in event lines of -d, once logged in the user
         self.channel_id = channel_id
         self.guid = client_guid(daemon.options.guid, channel_id)
         self.started = utc_text(int(time.time()))
         self.filter = self.mask = FILTER_ALL
-        # That of the CAN interface, which event lines show; it has channel id 0.
+        # That which event lines show: with ids the CAN interface's, which has the id 0.
         self.interface_guid = client_guid(daemon.options.guid, 0)
         self.view = make_view(self.filter, self.mask, self.interface_guid)
         # What it may do
-        self.user: User | None = None           # logged in
-        self.privilege: int = daemon.options.guest      # 0-15, compared with that of a command
+        self.user: User = daemon.guest          # until it has logged in
         self.given_name = ""                    # USER's, for the PASS that follows
         self.failures = 0                       # how often that was wrong
         # Its events: lines, and what STAT counts
@@ -1133,19 +1133,48 @@ class Client:
         self.previous = ""                      # the line that `+` runs again
         self.output = bytearray()               # what the connection has not taken yet
         self.segment = max(536, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))
-        self.interest = 0                       # what the selector watches
         self.ended = False                      # the peer sends no more
         self.deaf = False                       # the peer takes no more
         self.closed = False
         # Its times
         self.stream_at = NEVER                  # events are sent as they come, from then on
         self.sign_at = NEVER                    # the next sign of life is due
-        self.resume_at = 0.0                    # no line runs before; NEVER: it waits for the bus
+        self.resume_at = 0.0                    # no line runs before; NEVER: a SEND waits for room
         self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
-        self.log_in_by = NEVER                  # sent away if it may do nothing until then
+        self.login_by = NEVER                  # sent away if it may do nothing until then
         self.complain_at = 0.0                  # no warning about lost events before
         self.connected_at = NEVER               # not if it is refused
         self.check_peer_at = daemon.now + PEER_CHECK_S  # is the peer still there?
+
+    @property
+    def name(self) -> str:
+        """For messages: the address, and the user once logged in."""
+        return f"{self.address} ({self.user.name})" if self.user.name else self.address
+
+    @property
+    def short_name(self) -> str:
+        """For the event lines of -d: the user, or the port."""
+        return str(self.user.name) or ":" + self.address.rpartition(":")[2]
+
+    # --- how it begins ---
+
+    def greet(self) -> None:
+        """Let it in, and say who we are."""
+        log.info(f"{self.name}: connected")
+        self.connected_at = self.daemon.now
+        if not self.user.privilege:
+            self.login_by = self.daemon.now + LOGIN_S
+        bus = self.daemon.bus
+        self.write(f"uvscpd.py {__version__} - micro VSCP daemon\r\n"
+                   "VSCP events between TCP clients and a CAN bus; HELP lists the commands.\r\n"
+                   + ok(text=f"waiting for {bus.name}: {os.strerror(bus.state.code)}"
+                        if bus.state.status == AWAY else f"Success, connected to {bus.name}"))
+
+    def refuse(self, reason: str) -> None:
+        """Say why it may not connect, and let it go."""
+        log.warning(f"{self.name}: refused: {reason}")
+        self.write(refusal(reason))
+        self.leave()
 
     # --- what the loop calls: on_ready (the socket), tick (the time), put (events) ---
 
@@ -1172,7 +1201,7 @@ class Client:
             # Events come last: on a bus that is faster than the peer there is always one more,
             # and its commands would never run.
             while self.fifo and not self.output and self.stream_at <= self.daemon.now:
-                some = min(LINES_A_WRITE, len(self.fifo))
+                some = min(LINES_PER_WRITE, len(self.fifo))
                 self.write("".join([self.fifo.popleft() for _ in range(some)]))
                 self.flush()
             if self.leave_by < NEVER and not self.output:
@@ -1180,32 +1209,33 @@ class Client:
             if not self.closed:
                 self.watch()
         except OSError as error:
-            self.daemon.drop(self, error.strerror or str(error))
+            self.close(error.strerror or str(error))
         except Exception as error:
             log.error(f"{self.name}: a bug in uvscpd.py, the client is dropped:\n"
                       + traceback_text(error))
-            self.daemon.drop(self, "internal error")
+            self.close("internal error")
 
     def tick(self) -> None:
         """Do what is due: a sign of life, a line that waited, the end."""
         now = self.daemon.now
-        if self.sign_at <= now and not self.lines:  # or it would be taken for the reply due
+        if self.sign_at <= now and not self.lines and self.resume_at <= now:
+            # (else it would be taken for the reply that is due)
             self.sign_at = now + SIGN_OF_LIFE_S
             if not self.output:
                 self.write(ok())
         self.turn()     # sends, too: epoll reports room only when a third of the buffer is free
-        if self.log_in_by <= now and self.resume_at <= now and not self.closed:
-            self.write(refusal(f"nobody logged in within {LOG_IN_S:.0f} s"))
+        if self.login_by <= now and self.resume_at <= now and not self.closed:
+            self.write(refusal(f"nobody logged in within {LOGIN_S:.0f} s"))
             self.leave()
             self.turn()
         if self.leave_by <= now:
-            self.daemon.drop(self, "")
+            self.close()
         if self.check_peer_at <= now and not self.closed:
             self.check_peer_at = now + PEER_CHECK_S
             # A peer that is there acknowledges, if only a probe, however slowly it reads.
             if struct.unpack_from("=I", self.tcp_info(), LAST_ACK_RECEIVED)[0] > PEER_GONE_S * 1000:
-                self.daemon.drop(self, "the peer is gone")
-        for when in (self.stream_at, self.sign_at, self.resume_at, self.log_in_by, self.leave_by):
+                self.close("the peer is gone")
+        for when in (self.stream_at, self.sign_at, self.resume_at, self.login_by, self.leave_by):
             if when > now and not self.closed:
                 self.daemon.soon(when)
 
@@ -1230,7 +1260,7 @@ class Client:
 
     def run_lines(self) -> None:
         """Run some of the lines that have come; the other clients have their turn, too."""
-        for _ in range(LINES_A_TURN):
+        for _ in range(LINES_PER_TURN):
             if not self.lines or self.resume_at > self.daemon.now:
                 break
             line = self.lines.popleft()
@@ -1240,33 +1270,36 @@ class Client:
             except Later as later:
                 self.lines.appendleft(line)
                 self.pause(later.at)
-                if later.at == NEVER:
-                    self.daemon.wait_for_room(self, later)
                 break
-            if log.debugging:
-                self.log_exchange(line, reply)
+            if log.debugging and isinstance(line, str):
+                log.debug(f"{self.name} > {hide_password(line)}")
             if self.stream_at != stream_at:     # the receive loop's replies are writes of their own
                 self.flush()
-                self.write(reply)
+                self.reply(reply)
                 self.flush()
             else:
-                self.write(reply)
-        if self.ended and not self.lines:
+                self.reply(reply)
+        if self.ended and not self.lines and self.resume_at <= self.daemon.now:
             self.leave()
+
+    def on_sent(self, data: bytes) -> None:
+        """The bus has taken a frame with this data."""
+        self.tx_frames += 1
+        self.tx_bytes += 4 + len(data)      # on CAN the id has 4 bytes
+
+    def resume(self, reply: str) -> None:
+        """Answer the SEND that has waited for room, and go on."""
+        if not self.closed:
+            self.resume_at = 0.0
+            self.reply(reply)
+            self.turn()
 
     def answer(self, error: VscpError) -> str:
         """The reply to a line that is known to be wrong; the end after too many wrong log-ins."""
-        if self.failures < MOST_WRONG_LOGINS:
+        if self.failures < MAX_WRONG_LOGINS:
             return refusal(error)
         self.leave()
         return refusal(error) + refusal("too many wrong log-ins")
-
-    def log_exchange(self, line: "str | VscpError", reply: str) -> None:
-        """Log a command and its reply."""
-        if isinstance(line, str):
-            log.debug(f"{self.name} > {hide_password(line)}")
-        for text in reply.splitlines():
-            log.debug(f"{self.name} < {text}")
 
     def pause(self, until: float) -> None:
         """Run no line until then."""
@@ -1275,29 +1308,26 @@ class Client:
 
     # --- who it is ---
 
-    def log_in(self, user: "User | None") -> None:
-        """From now on it is this user, or again nobody."""
+    def login(self, user: User) -> None:
+        """From now on it is this user, or again the guest."""
+        if user is self.user:       # a name without a password changes nothing
+            return
         if log.debugging:           # what it has sent until now is shown by the name until now
             self.daemon.drain()
-        if user or self.user:       # a name without a password changes nothing
-            self.log_in_by = NEVER if user or self.daemon.options.guest else (
-                self.daemon.now + LOG_IN_S)
         self.user = user
-        name = user.name if user else ""
-        self.name = f"{self.address} ({name})" if name else self.address
-        self.short_name = name or ":" + self.address.rpartition(":")[2]
-        self.privilege = user.privilege if user else self.daemon.options.guest
-        if self.privilege < COMMANDS["rcvloop"].privilege:
+        may_stay = user is not self.daemon.guest or user.privilege > 0
+        self.login_by = NEVER if may_stay else self.daemon.now + LOGIN_S
+        if user.privilege < COMMANDS["rcvloop"].privilege:
             self.stream_at = self.sign_at = NEVER
 
     def has_ended(self) -> bool:
         """Whether the peer sends no more, even if not all has been read."""
         return self.tcp_info()[0] != TCP_ESTABLISHED
 
-    def on_wrong_log_in(self, error: VscpError) -> None:
+    def on_wrong_login(self, error: VscpError) -> None:
         """Answer late; whoever tries again from that address has to wait, too."""
         log.warning(f"{self.address}: {error}")
-        self.log_in(None)
+        self.login(self.daemon.guest)
         self.daemon.suspect(self)
         self.failures += 1
         self.lines.appendleft(error)
@@ -1337,6 +1367,13 @@ class Client:
             log.warning(f"{self.name}: loses events, it does not fetch them and its buffer of "
                         f"{counted(len(self.fifo), 'event')} is full")
 
+    def reply(self, text: str) -> None:
+        """Answer a command: have the text sent by the next flush, and shown by -d."""
+        if log.debugging:
+            for line in text.splitlines():
+                log.debug(f"{self.name} < {line}")
+        self.write(text)
+
     def write(self, text: str) -> None:
         """Have text sent by the next flush."""
         if not self.deaf:
@@ -1367,23 +1404,23 @@ class Client:
 
     def watch(self) -> None:
         """Have the selector watch for what this client can use now."""
-        interest = 0
-        if self.output or self.lines and self.resume_at <= self.daemon.now:
+        interest, waits = 0, self.resume_at > self.daemon.now
+        if self.output or self.lines and not waits:
             interest = WRITE
-        if not self.lines and not self.ended:
+        if not self.lines and not waits and not self.ended:
             interest |= READ
-        if interest != self.interest:       # asking the selector would take 20 us of 900
-            try:
-                self.daemon.watch(self.sock, interest, self.on_ready)
-                self.interest = interest
-            except OSError as error:            # too much is watched already
-                self.daemon.drop(self, error.strerror or str(error))
+        try:
+            self.daemon.watch(self.sock, interest, self.on_ready)
+        except OSError as error:            # too much is watched already
+            self.close(error.strerror or str(error))
 
     # --- filters ---
 
     def set_view(self) -> None:
         """Make a changed GUID, filter or mask count from the next event on."""
         self.daemon.drain()                 # what the kernel holds still counts by the old filter
+        if not self.channel_id:
+            self.interface_guid = self.guid
         self.view = make_view(self.filter, self.mask, self.interface_guid)
         self.daemon.set_views()
 
@@ -1393,7 +1430,7 @@ class Client:
         """Close once the last reply has arrived: closing at once could reset it away."""
         if self.leave_by == NEVER:
             self.leave_by = self.leave_time()
-            self.stream_at = self.sign_at = self.log_in_by = NEVER
+            self.stream_at = self.sign_at = self.login_by = NEVER
             self.lines.clear()
             self.fifo.clear()
             self.daemon.on_leaving(self)
@@ -1402,10 +1439,27 @@ class Client:
         """Until when to wait for a peer that has been told to go."""
         return self.daemon.now + (PEER_GONE_S if self.output else LINGER_S)
 
+    def close(self, reason: str = "") -> None:
+        """Close the connection, at once, and log how it was."""
+        if self.closed:
+            return
+        self.closed = True
+        self.daemon.watch(self.sock, 0, self.on_ready)
+        self.sock.close()
+        self.fifo.clear()           # a frame under way may keep the client for long
+        self.lines.clear()
+        self.output.clear()
+        self.daemon.on_closed(self)
+        if self.connected_at < NEVER:
+            log.info(f"{self.name}: disconnected after "
+                     f"{duration_text(self.daemon.now - self.connected_at)}: "
+                     f"{counted(self.rx_frames, 'event')}, {self.lost} lost, "
+                     f"{self.tx_frames} sent" + (f"; {reason}" if reason else ""))
+
     def shut_down(self) -> None:
         """Tell the peer that nothing follows; read() takes in what it still sends."""
         if self.ended or self.deaf:
-            self.daemon.drop(self, "")
+            self.close()
             return
         try:
             self.sock.shutdown(socket.SHUT_WR)
@@ -1419,6 +1473,10 @@ class Client:
 # All that is known about a command stands in one place: its row above its
 # function. A function takes the client and the command's arguments, and returns
 # the whole reply or raises VscpError. HELP lists the rows in this order.
+
+CAPABILITIES = 1 << 15 | 1 << 5 | 1 << 3    # WCYD: TCP server, IPv4, several connections
+CAPABILITY_IPV6 = 1 << 6
+
 
 def ok(*lines: str, text: str = "") -> str:
     """A good reply: data lines, then the final `+OK` line."""
@@ -1487,7 +1545,7 @@ def run_command(client: Client, line: str) -> str:
         if name != "+":
             client.previous = line
         row = find_command(name)
-        if client.privilege < row.privilege:
+        if client.user.privilege < row.privilege:
             raise VscpError("Need to log in to perform this command.")
         if len(arguments) > row.most and "," in row.usage:      # people type spaces behind commas
             arguments = re.sub(", +", ",", " ".join(arguments)).split()
@@ -1527,7 +1585,7 @@ def do_user(client: Client, name: str = "") -> str:
         return ok(text="no user configured")
     if not name:
         raise VscpError("please supply username")
-    client.log_in(None)
+    client.login(client.daemon.guest)
     client.given_name = name
     return check_login(client, name, "") if options.name_is_enough else ok()
 
@@ -1557,9 +1615,9 @@ def check_login(client: Client, name: str, password: str) -> str:
         raise Later(wait_until)
     user = find_user(options.users, name, password, client.host)
     if user is None:
-        client.on_wrong_log_in(VscpError("invalid username or password"))
+        client.on_wrong_login(VscpError("invalid username or password"))
         return ""
-    client.log_in(user)
+    client.login(user)
     log.info(f"{client.name}: logged in")
     return ok()
 
@@ -1577,7 +1635,8 @@ def do_vers(_client: Client) -> str:
 
 @command("wcyd whatcanyoudo", 0, "", "capabilities, 64 bits")
 def do_wcyd(client: Client) -> str:
-    return ok("-".join(f"{byte:02X}" for byte in client.daemon.capabilities.to_bytes(8, "big")))
+    bits = capabilities(client.daemon.listener)
+    return ok("-".join(f"{byte:02X}" for byte in bits.to_bytes(8, "big")))
 
 
 @command("interface client", 0, "[list]", "list the interfaces")
@@ -1591,7 +1650,7 @@ def do_interface(client: Client, action: str = "list", *more: str) -> str:
     # Number, type, GUID, name. The types are the VSCP daemon's: 2 a Level I driver, 4 a client.
     daemon = client.daemon
     lines = [f"0,2,{format_guid(client.interface_guid)},{daemon.bus.name}|Started {daemon.started}"]
-    known = client.user or daemon.options.guest > 0     # else it learns no addresses
+    known = client.user is not daemon.guest or client.user.privilege > 0    # it learns addresses
     for each in sorted(daemon.clients, key=lambda each: each.channel_id):
         if each.channel_id and (known or each is client):
             lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
@@ -1675,18 +1734,12 @@ def do_quitloop(client: Client) -> str:
 
 @command("send", 4, "head,class,type,obid,datetime,timestamp,GUID,data...", "send an event")
 def do_send(client: Client, text: str) -> str:
-    can_id, data = parse_event(text, client.guid, client.interface_guid)
-    client.daemon.send(client, can_id, data)
-    client.tx_frames += 1
-    client.tx_bytes += 4 + len(data)
-    return ok()
+    return client.daemon.send(client, *parse_event(text, client.guid, client.interface_guid))
 
 
 @command("sgid setguid", 6, "GUID", "set the GUID of this client")
 def do_sgid(client: Client, text: str) -> str:
     client.guid = parse_guid(text)
-    if not client.channel_id:           # without ids it is the interface's, too
-        client.interface_guid = client.guid
     client.set_view()
     return ok()
 
@@ -1727,32 +1780,112 @@ def do_unsupported(_client: Client, *_arguments: str) -> str:
 # a time is looked at by one tick, twice a second, or sooner when somebody asks;
 # only frames that gather and SENDs that wait have times of their own.
 
-def notify(text: str) -> bool:
-    """Tell systemd about us (sd_notify(3)), if it asked; returns whether it has got that."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return True
-    path = "\0" + address[1:] if address[0] == "@" else address
+TICK_S = 0.5                    # how often everything that has a time is looked at
+FRAMES_PER_TURN = 500           # read from the bus before clients are served again
+AT_ONCE_S = 0.001               # the bus is readable again this soon: read until it is empty
+BUSY_FRAMES, BUSY_S = 8, 0.02   # that many frames in that time are load: frames gather ...
+GATHER_S = 0.005                # ... for so long, ...
+QUIET_S = 0.02                  # ... but not this soon after a SEND: somebody waits for an answer
+SEND_WAIT_S = 1.0               # SENDs give up when the bus has taken no frame for so long
+STOPPING_S = 0.5                # for last replies when the daemon ends
+MAX_LEAVING = 100               # connections that linger at the same time
+STATUS_S = 10                   # how often systemd gets new numbers
+
+# Server discovery: CAN ids of class 0 type 27 and 28, and the bits that hold class and type.
+PROBE, PROBE_RESPONSE, PROBE_MASK = 27 << 8, 28 << 8, 0x01FFFF00
+MAX_ANSWERS = 10                # per second
+
+
+def capabilities(listener: socket.socket) -> int:
+    """The 64 bits of WCYD, the lower 16 of which a node gets, too."""
+    return CAPABILITIES | CAPABILITY_IPV6 * (listener.family == socket.AF_INET6)
+
+
+def address_towards(peer: str) -> "str | None":
+    """Our IPv4 address on the way to another one; None without a way. Nothing is sent."""
     try:
-        notify_socket().sendto(text.encode(), path)
-    except OSError as error:
-        log.debug(f"{address}: {error.strerror}")
-        return False
-    return True
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((peer, PORT))
+            address: str = sock.getsockname()[0]
+            return address
+    except OSError:
+        return None
 
 
-@lru_cache(maxsize=1)
-def notify_socket() -> socket.socket:
-    """Made once: the watchdog is fed also when we are out of descriptors."""
-    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+class Discovery:
+    """Tells nodes that look for a server where this one is (--answer-probes).
+
+    High end server probe and response, class 0 types 27 and 28 (VSCP specification,
+    Level I protocol): the probe may give 0 for TCP/IP and the node's IPv4 address; the
+    response is 16 capability bits, our IPv4 address as the node reaches it, and the port.
+    """
+
+    short_name, channel_id = "uvscpd", 0        # of the sender, as a client has them
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.answered: deque[float] = deque(maxlen=MAX_ANSWERS)
+
+    def response(self, can_id: int, data: bytes, now: float) -> "tuple[int, bytes] | None":
+        """The CAN id and the data of the response to a probe; None if it gets none."""
+        address = self.address_for(data)
+        full = len(self.answered) == MAX_ANSWERS
+        if address is None or full and now < self.answered[0] + 1:
+            return None
+        self.answered.append(now)
+        return can_id & 0x1C000000 | PROBE_RESPONSE, struct.pack(
+            ">H4sH", capabilities(self.listener) & 0xFFFF, socket.inet_aton(address),
+            self.listener.getsockname()[1])
+
+    def address_for(self, data: bytes) -> "str | None":
+        """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
+        if data and data[0] != 0:
+            return None         # it does not speak TCP/IP
+        bound = plain_address(self.listener.getsockname()[0])
+        if bound not in EVERYWHERE:
+            return None if ":" in bound else bound
+        told = len(data) >= 5 and any(data[1:5])
+        return address_towards(socket.inet_ntoa(data[1:5]) if told else "192.0.2.1")
 
 
-def watchdog_period() -> float:
-    """How often systemd wants to hear from us, in seconds: twice as often as it must."""
-    period_us = os.environ.get("WATCHDOG_USEC", "")         # 64 bits
-    ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
-    asked = ours and re.fullmatch("[1-9][0-9]{0,19}", period_us)
-    return int(period_us) / 2000000 if asked else NEVER
+class Systemd:
+    """What systemd hears from the daemon, if it asked (sd_notify(3)): ready, state, alive."""
+
+    def __init__(self, now: float) -> None:
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        self.address = "\0" + address[1:] if address[:1] == "@" else address
+        # Made once: the watchdog is fed also when the daemon is out of descriptors.
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.watchdog_s = self.watchdog_period()
+        self.feed_at = now if self.watchdog_s < NEVER else NEVER
+        self.state = self.numbers = ""          # as it last heard them
+        self.numbers_at = NEVER                 # not before it gets new numbers alone
+
+    @staticmethod
+    def watchdog_period() -> float:
+        """How often it hears that we are alive, in seconds: twice as often as it must."""
+        period_us = os.environ.get("WATCHDOG_USEC", "")         # 64 bits
+        ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        asked = ours and re.fullmatch("[1-9][0-9]{0,19}", period_us)
+        return int(period_us) / 2000000 if asked else NEVER
+
+    def notify(self, text: str) -> bool:
+        """Send it this; returns whether it has got that, or did not ask."""
+        try:
+            if self.address:
+                self.sock.sendto(text.encode(), self.address)
+        except OSError as error:
+            log.debug(f"{self.address}: {error.strerror}")
+            return False
+        return True
+
+    def tick(self, now: float, state: str, numbers: str) -> None:
+        """Send what is due: that we are alive, a state that changed, numbers every 10 s."""
+        if self.feed_at <= now and self.notify("WATCHDOG=1"):
+            self.feed_at = now + self.watchdog_s
+        due = state != self.state or numbers != self.numbers and self.numbers_at <= now
+        if due and self.notify(f"READY=1\nSTATUS={state}, {numbers}"):
+            self.state, self.numbers, self.numbers_at = state, numbers, now + STATUS_S
 
 
 class Daemon:
@@ -1763,50 +1896,46 @@ class Daemon:
     that needs all there is, and twice a second, until it is empty (drain).
     """
 
-    short_name, channel_id = "uvscpd", 0    # of what the daemon itself sends
-
     def __init__(self, options: argparse.Namespace, listener: socket.socket) -> None:
         self.options = options
         self.started = utc_text(int(time.time()))
-        self.answers: deque[float] = deque(maxlen=MOST_ANSWERS)     # when probes were answered
-        self.capabilities = CAPABILITIES | CAPABILITY_IPV6 * (listener.family == socket.AF_INET6)
+        self.discovery = Discovery(listener)
         self.clients: dict[Client, None] = {}   # in the order in which they are served
         self.leaving: set[Client] = set()       # told to go, not counted any more
         self.views: dict[View, list[Client]] = {}
-        self.waiting: deque[Client] = deque()   # their SEND found no room; the first one is next
+        # Clients whose SEND waits for room on the bus, with its frame; the first one is next.
+        self.waiting: dict[Client, tuple[int, bytes]] = {}
+        self.guest = User("", b"", options.guest, [])   # who a client is until it has logged in
         self.suspects: dict[bytes, float] = {}  # until when nobody may log in from there
         self.last_id = 0
         self.frames = self.lost = 0             # handed out, lost by clients
-        self.status = ("", "")                  # what systemd was told: the state, the numbers
-        # For the summary of -d
-        self.by_class: dict[int, int] = {}
-        self.second = self.in_second = self.most_in_second = 0
+        self.summary = Summary()                # with -d only
+        self.systemd = Systemd(time.monotonic())
         # Times; a clock is slow to read, so a turn reads it once
         self.now = time.monotonic()             # when this turn began
         self.bus_read_at = 0.0                  # when the bus had been read
         self.began = self.now
-        self.status_at = NEVER                  # systemd gets new numbers
         self.tick_at = self.now
         self.gather_at = NEVER                  # under load: the bus is not watched until then
         self.retry_at = NEVER                   # for the first of those that wait
-        self.full_text = ""                     # why it waits
+        self.full_text = ""                     # why they wait
         self.give_up_at = NEVER                 # if the bus takes nothing until then
         self.no_gathering_until = 0.0           # somebody waits for the answer to a SEND
         self.busy_until = 0.0                   # the end of a time ...
         self.busy_frames = 0                    # ... in which so many frames came
-        self.watchdog_s = watchdog_period()
-        self.feed_at = self.now if self.watchdog_s < NEVER else NEVER
         self.stop_by = NEVER                    # the end
         # Sockets
         self.selector = selectors.DefaultSelector()
+        self.watched: dict[socket.socket, int] = {}     # what for; asking the selector is slow
         self.listener = listener
         self.watch(listener, READ, self.on_connection)
         self.wake_up, self.wake_up_end = socket.socketpair()
         self.wake_up.setblocking(False)
         self.wake_up_end.setblocking(False)
         self.watch(self.wake_up, READ, self.on_signal)
-        self.bus = Bus(options.canbus, lambda sock, events: self.watch(sock, events, self.on_bus))
+        self.bus = Bus(options.canbus, lambda sock: self.watch(sock, 0, self.on_bus))
         self.set_views()
+        self.watch_bus()
 
     # --- the loop ---
 
@@ -1831,7 +1960,7 @@ class Daemon:
 
     def tick(self) -> None:
         """Look at all that has a time: the bus, the clients, those that wait, systemd."""
-        self.tick_at = self.now + min(TICK_S, self.watchdog_s)
+        self.tick_at = self.now + min(TICK_S, self.systemd.watchdog_s)
         self.drain()
         self.bus.check()
         self.watch_bus()
@@ -1842,19 +1971,11 @@ class Daemon:
         self.soon(self.give_up_at)
         if self.stop_by == NEVER:           # again, if there were no descriptors
             self.watch(self.listener, READ, self.on_connection)
-        if self.feed_at <= self.now and notify("WATCHDOG=1"):
-            self.feed_at = self.now + self.watchdog_s
-        self.report_to_systemd()
+        self.systemd.tick(
+            self.now, f"{self.bus.name}: {self.bus.state.text}, "
+            + counted(len(self.clients), "client"), self.totals())
         if self.stop_by < NEVER and not (self.clients or self.leaving):
             self.stop_by = self.now
-
-    def report_to_systemd(self) -> None:
-        """Send systemd the state when it changes, and new numbers every 10 s."""
-        state = f"{self.bus.name}: {self.bus.state.text}, {counted(len(self.clients), 'client')}"
-        numbers = self.totals()
-        due = state != self.status[0] or numbers != self.status[1] and self.status_at <= self.now
-        if due and notify(f"READY=1\nSTATUS={state}, {numbers}"):
-            self.status, self.status_at = (state, numbers), self.now + STATUS_S
 
     def totals(self) -> str:
         """How many frames were handed out, how many were lost here or in the kernel."""
@@ -1862,13 +1983,13 @@ class Daemon:
 
     def close(self) -> None:
         """End every connection."""
-        notify("STOPPING=1")
+        self.systemd.notify("STOPPING=1")
         signal.set_wakeup_fd(-1)
         for client in [*self.clients, *self.leaving]:
-            self.drop(client, "")
+            client.close()
         self.bus.close()
         self.listener.close()
-        for thing in (self.selector, self.wake_up, self.wake_up_end):
+        for thing in (self.selector, self.wake_up, self.wake_up_end, self.systemd.sock):
             thing.close()
 
     def on_signal(self, _mask: int) -> None:
@@ -1883,14 +2004,17 @@ class Daemon:
         self.soon(self.now)
 
     def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
-        """Change what the selector watches a socket for; 0 is nothing."""
-        watched = self.selector.get_map().get(sock)
-        if watched and not events:
+        """Change what the selector watches a socket for; 0 is nothing, and due before it closes."""
+        before = self.watched.get(sock, 0)
+        if events == before:
+            return
+        self.watched.pop(sock, None)        # if this raises, the selector watches nothing for us
+        if not events:
             self.selector.unregister(sock)
-        elif watched and events != watched.events:
-            self.selector.modify(sock, events, action)
-        elif events and not watched:
-            self.selector.register(sock, events, action)
+            return
+        change = self.selector.modify if before else self.selector.register
+        change(sock, events, action)
+        self.watched[sock] = events
 
     # --- from the bus to the clients ---
 
@@ -1903,7 +2027,7 @@ class Daemon:
         # A lone frame is read with one call: a second one, only to find the socket empty, costs
         # as much again.
         slept = self.now - self.bus_read_at > AT_ONCE_S
-        count, _ = self.pump(1 if slept else FRAMES_A_TURN)
+        count, _ = self.pump(1 if slept else FRAMES_PER_TURN)
         self.bus_read_at = time.monotonic()
         if self.busy_until < self.now:
             self.busy_until, self.busy_frames = self.now + BUSY_S, 0
@@ -1918,7 +2042,7 @@ class Daemon:
         Waking up costs more than a frame: at 1,000 frames/s, gathering takes half
         of the CPU time that waking up for each one takes.
         """
-        count, empty = self.pump(FRAMES_A_TURN)
+        count, empty = self.pump(FRAMES_PER_TURN)
         if count > 1 and self.no_gathering_until < self.now:
             self.gather_at = time.monotonic() + GATHER_S if empty else self.now
         else:
@@ -1927,8 +2051,8 @@ class Daemon:
 
     def drain(self) -> None:
         """Hand out all that the kernel holds, and count what it dropped."""
-        for _ in range(FRAMES_IN_KERNEL // FRAMES_A_TURN):
-            _, empty = self.pump(FRAMES_A_TURN)
+        for _ in range(FRAMES_IN_KERNEL // FRAMES_PER_TURN):
+            _, empty = self.pump(FRAMES_PER_TURN)
             if empty:
                 break
         self.bus.count_drops()
@@ -1970,114 +2094,83 @@ class Daemon:
                     client.put(lines, block, size)
 
     def show(self, frames: "list[Frame]") -> None:
-        """The lines of -d about events, and what the summary counts."""
+        """Log events for -d, and count them for its summary."""
         for can_id, data, seconds, nanoseconds, sender in frames:
             source = sender.short_name if sender else self.bus.name
             log.debug(event_row(source, can_id, data), seconds * 1000000 + nanoseconds // 1000)
-            vscp_class = can_id >> 16 & 0x1FF
-            self.by_class[vscp_class] = self.by_class.get(vscp_class, 0) + 1
-            self.in_second = self.in_second + 1 if seconds == self.second else 1
-            self.second = seconds
-            self.most_in_second = max(self.most_in_second, self.in_second)
-
-    def summary(self) -> "list[str]":
-        """What was on the bus, for -d when the daemon ends."""
-        elapsed_s = self.now - self.began
-        mean = self.frames / max(1.0, elapsed_s)
-        classes = sorted(self.by_class.items(), key=lambda item: -item[1])
-        return [f"{self.bus.name}: {counted(self.frames, 'frame')} in {duration_text(elapsed_s)}, "
-                f"{mean:.1f} per second, at most {self.most_in_second}; "
-                f"{counted(self.bus.errors, 'error frame')}",
-                *(f"{count:9} " + f"{names_of(number, 0)[0]} ({number})".lstrip()
-                  for number, count in classes)]
+            self.summary.add(can_id, seconds)
 
     def answer_probe(self, can_id: int, data: bytes) -> None:
-        """Tell a node that looks for a server where this one is.
-
-        High end server probe and response, class 0 types 27 and 28 (VSCP
-        specification, Level I protocol): the probe may give 0 for TCP/IP and the
-        node's IPv4 address; the response is 16 capability bits, our IPv4 address
-        as the node reaches it, and the port.
-        """
-        address = self.address_for(data)
-        if address is None or len(self.answers) == MOST_ANSWERS and self.now < self.answers[0] + 1:
-            return
-        self.answers.append(self.now)
-        answer = struct.pack(">H4sH", self.capabilities & 0xFFFF, socket.inet_aton(address),
-                             self.listener.getsockname()[1])
+        """Send the response to a probe, if it gets one."""
+        response = self.discovery.response(can_id, data, self.now)
         try:
-            self.bus.send(can_id & 0x1C000000 | PROBE_RESPONSE, answer, self)
-        except (Later, VscpError) as error:
+            if response:
+                self.bus.send(*response, self.discovery)
+        except (NoRoom, VscpError) as error:
             log.debug(f"no answer to a probe: {error}")
-
-    def address_for(self, data: bytes) -> "str | None":
-        """The IPv4 address by which the sender of a probe reaches us, None if there is none."""
-        if data and data[0] != 0:
-            return None         # it does not speak TCP/IP
-        bound = plain_address(self.listener.getsockname()[0])
-        if bound not in EVERYWHERE:
-            return None if ":" in bound else bound
-        told = len(data) >= 5 and any(data[1:5])
-        return address_towards(socket.inet_ntoa(data[1:5]) if told else "192.0.2.1")
 
     # --- from the clients to the bus ---
 
-    def send(self, client: Client, can_id: int, data: bytes) -> None:
-        """Send a client's frame; raises Later if there is no room, or others are first."""
-        self.no_gathering_until = self.now + QUIET_S
-        if self.gather_at < NEVER:
-            self.gather_at = self.now
-        if self.waiting and self.waiting[0] is not client:
-            raise Later(NEVER)
-        self.bus.send(can_id, data, client)
-        if self.waiting:
-            self.waiting.popleft()
-            self.give_up_at = self.now + SEND_WAIT_S
-
-    def wait_for_room(self, client: Client, full: Later) -> None:
-        """The client's next line is a SEND for which the bus has no room.
+    def send(self, client: Client, can_id: int, data: bytes) -> str:
+        """Send a client's frame; returns the reply, or "" if it waits: then it is answered later.
 
         All that wait are in one queue. The first one stays the first until it has
         sent, and they give up together: when the bus has taken no frame for a second.
         """
-        if client not in self.waiting:
-            self.waiting.append(client)
-        if self.waiting[0] is client:
+        self.no_gathering_until = self.now + QUIET_S
+        if self.gather_at < NEVER:
+            self.gather_at = self.now
+        reply = "" if self.waiting else self.try_to_send(client, can_id, data)
+        if not reply:
+            self.waiting[client] = can_id, data
+            client.pause(NEVER)
+            self.watch_bus()
+        return reply
+
+    def try_to_send(self, client: Client, can_id: int, data: bytes) -> str:
+        """Give a client's frame to the bus; returns the reply, or "" if there is no room."""
+        try:
+            self.bus.send(can_id, data, client)
+        except NoRoom as full:
             self.full_text = str(full)
             self.retry_at = self.now + full.retry_s
             if self.give_up_at == NEVER:
                 self.give_up_at = self.now + SEND_WAIT_S
                 self.soon(self.give_up_at)
-        self.watch_bus()
+            return ""
+        except VscpError as error:
+            return refusal(error)
+        client.on_sent(data)
+        return ok()
 
     def send_waiting(self) -> None:
-        """Let those that wait try again, one SEND each, until one finds no room."""
+        """There may be room: send what waits, one frame of each client, until there is none."""
         self.retry_at = NEVER
-        for first in list(self.waiting):
-            first.resume_at = 0.0
-            first.turn()
-            if self.waiting and self.waiting[0] is first:
-                if first.resume_at == NEVER:
-                    break                       # no room
-                self.waiting.popleft()          # it cannot run a line, as its peer reads nothing
+        for client in list(self.waiting):
+            if client in self.waiting:          # else the turn of another one has closed it
+                reply = self.try_to_send(client, *self.waiting[client])
+                if not reply:
+                    break
+                del self.waiting[client]
+                self.give_up_at = self.now + SEND_WAIT_S
+                client.resume(reply)
         self.watch_bus()
 
     def give_up_waiting(self) -> None:
         """Refuse the SENDs that wait."""
-        waiting, self.waiting = self.waiting, deque()
+        waiting, self.waiting = self.waiting, {}
         self.watch_bus()
         for client in waiting:
-            if not client.closed:           # by the turn of another one
-                client.log_exchange(client.lines[0], "")    # the reply follows
-                client.lines[0] = VscpError(self.full_text)
-                client.resume_at = 0.0
-                client.turn()
+            client.resume(refusal(self.full_text))
 
     def watch_bus(self) -> None:
         """Have the selector watch the bus for frames, unless they gather, and for room."""
         if not self.waiting:
             self.give_up_at = self.retry_at = NEVER
-        self.bus.watch(self.gather_at == NEVER, bool(self.waiting) and self.retry_at == NEVER)
+        room_wanted = bool(self.waiting) and self.retry_at == NEVER
+        if self.bus.sock and self.bus.out:
+            self.watch(self.bus.sock, READ * (self.gather_at == NEVER), self.on_bus)
+            self.watch(self.bus.out, WRITE * room_wanted, self.on_bus)
 
     # --- clients ---
 
@@ -2104,33 +2197,14 @@ class Daemon:
             sock.close()
             return
         if not allowed(host, self.options.allow):
-            self.send_away(client, "Invalid or unknown peer.")
+            client.refuse("Invalid or unknown peer.")
         elif len(self.clients) >= self.options.max_clients:
-            self.send_away(client, "Max number of clients connected.")
+            client.refuse("Max number of clients connected.")
         else:
-            self.greet(client)
+            self.clients[client] = None
+            self.set_views()
+            client.greet()
         client.turn()
-
-    def send_away(self, client: Client, reason: str) -> None:
-        """Tell the client why it may not connect, and close."""
-        log.warning(f"{client.name}: refused: {reason}")
-        client.write(refusal(reason))
-        client.leave()
-
-    def greet(self, client: Client) -> None:
-        """Say who we are, and let the client in."""
-        log.info(f"{client.name}: connected")
-        client.connected_at = self.now
-        if not self.options.guest:
-            client.log_in_by = self.now + LOG_IN_S
-        self.clients[client] = None
-        self.set_views()
-        state = self.bus.state
-        client.write(f"uvscpd.py {__version__} - micro VSCP daemon\r\n"
-                     "VSCP events between TCP clients and a CAN bus; HELP lists the commands.\r\n"
-                     + (ok(text=f"waiting for {self.bus.name}: {os.strerror(state.code)}")
-                        if state.status == AWAY
-                        else ok(text=f"Success, connected to {self.bus.name}")))
 
     def set_views(self) -> None:
         """Group the clients by view, and have the kernel pass only what one of them wants."""
@@ -2145,36 +2219,23 @@ class Daemon:
     def on_leaving(self, client: Client) -> None:
         """The client's slot is free, though its connection is not closed yet."""
         self.remove(client)
-        if len(self.leaving) >= MOST_LEAVING:
+        if len(self.leaving) >= MAX_LEAVING:
             # One that has received everything, else the one that lingers longest.
-            self.drop(min(self.leaving, key=lambda each: (bool(each.output), each.leave_by)),
-                      "too many are leaving")
+            first = min(self.leaving, key=lambda each: (bool(each.output), each.leave_by))
+            first.close("too many are leaving")
         self.leaving.add(client)
 
-    def drop(self, client: Client, reason: str) -> None:
-        """Close a connection."""
-        if client.closed:
-            return
-        client.closed = True
-        self.watch(client.sock, 0, client.on_ready)
-        client.sock.close()
-        client.fifo.clear()         # a frame under way may keep the client for long
-        client.lines.clear()
-        client.output.clear()
+    def on_closed(self, client: Client) -> None:
+        """Forget a client whose connection is closed."""
         self.remove(client)
         self.leaving.discard(client)
         if self.stop_by < NEVER:
             self.soon(self.now)
-        if client.connected_at < NEVER:
-            log.info(f"{client.name}: disconnected after "
-                     f"{duration_text(self.now - client.connected_at)}: "
-                     f"{counted(client.rx_frames, 'event')}, {client.lost} lost, "
-                     f"{client.tx_frames} sent" + (f"; {reason}" if reason else ""))
 
     def remove(self, client: Client) -> None:
         """No events any more for this client, and no place among those that wait."""
         if client in self.waiting:
-            self.waiting.remove(client)
+            del self.waiting[client]
             self.watch_bus()
         if client in self.clients:
             del self.clients[client]
@@ -2183,7 +2244,7 @@ class Daemon:
     def suspect(self, client: Client) -> None:
         """For half a second nobody can log in from this client's address, on any connection."""
         self.suspects = {each: until for each, until in self.suspects.items() if until > self.now}
-        if len(self.suspects) < MOST_SUSPECTS:
+        if len(self.suspects) < MAX_SUSPECTS:
             self.suspects[network_of(client.host)] = self.now + WRONG_LOGIN_S
         # To the end of the order of service: others from that address have their try first.
         del self.clients[client]
@@ -2466,27 +2527,16 @@ def event_meaning(can_id: int, data: bytes) -> str:
     return zone_text(note, data) if note.isalpha() else ""
 
 
-ERROR_CLASSES = {
-    0x001: "transmit timeout", 0x002: "lost arbitration", 0x004: "controller",
-    0x008: "protocol violation", 0x010: "transceiver", 0x020: "nobody acknowledges",
-    0x040: "bus off", 0x080: "bus error", 0x100: "restarted",
-}
-CONTROLLER_STATES = {
-    0x01: "receive overflow", 0x02: "transmit overflow", 0x04: "receive warning",
-    0x08: "transmit warning", 0x10: "receive passive", 0x20: "transmit passive", 0x40: "active",
-}
-
-
 def error_meaning(can_id: int, data: bytes) -> str:
-    """What an error frame says (linux/can/error.h).
+    """What an error frame says.
 
     >>> error_meaning(0x24, bytes([0, 0x20, 0, 0, 0, 0, 0, 0]))
-    'controller, nobody acknowledges (transmit passive)'
+    'controller (transmit passive), nobody acknowledges'
     """
-    text = ", ".join(text for bit, text in ERROR_CLASSES.items() if can_id & bit)
-    states = [state for bit, state in CONTROLLER_STATES.items()
-              if can_id & ERR_CRTL and data[1:] and data[1] & bit]
-    return (text or "unknown") + (f" ({', '.join(states)})" if states else "")
+    rows = errors_in(can_id, data)
+    states = ", ".join(row[4] for row in rows if row[0] == ERR_CRTL)
+    texts = ["controller" + f" ({states})" * bool(states)] if can_id & ERR_CRTL else []
+    return ", ".join(texts + [row[4] for row in rows if row[0] != ERR_CRTL]) or "unknown"
 
 
 def hex_text(data: bytes) -> str:
@@ -2510,21 +2560,55 @@ def event_row(source: str, can_id: int, data: bytes) -> str:
             f"{event_meaning(can_id, data)}").rstrip()
 
 
+def foreign_row(source: str, can_id: int, data: bytes) -> str:
+    """The line that shows a frame that is not VSCP: error, standard or remote.
+
+    >>> foreign_row("can0", 0x123, b"\\xFF"), foreign_row("can0", ERR_FLAG | 0x40, b"")
+    ('can0      - 123       standard frame, not VSCP FF', 'can0      ! error frame: bus off')
+    """
+    if can_id & ERR_FLAG:
+        return f"{source:<9} ! error frame: {error_meaning(can_id & EFF_MASK, data)}"
+    kind = "remote" if can_id & RTR_FLAG else "standard"
+    number = f"{can_id & EFF_MASK:08X}" if can_id & EFF_FLAG else f"{can_id & 0x7FF:03X}"
+    text = hex_text(data) if kind == "standard" else ""
+    return f"{source:<9} - {number:<8}  {kind} frame, not VSCP {text}".rstrip()
+
+
+class Summary:
+    """What was on the bus, for -d when the daemon ends."""
+
+    def __init__(self) -> None:
+        self.by_class: dict[int, int] = {}
+        self.second = self.in_second = self.most_in_second = 0
+
+    def add(self, can_id: int, seconds: int) -> None:
+        """Count a frame of this second."""
+        vscp_class = can_id >> 16 & 0x1FF
+        self.by_class[vscp_class] = self.by_class.get(vscp_class, 0) + 1
+        self.in_second = self.in_second + 1 if seconds == self.second else 1
+        self.second = seconds
+        self.most_in_second = max(self.most_in_second, self.in_second)
+
+    def text(self, source: str, elapsed_s: float, errors: int) -> str:
+        """One line about all, then one for each class, the most frequent first."""
+        frames = sum(self.by_class.values())
+        mean = frames / max(1.0, elapsed_s)
+        classes = sorted(self.by_class.items(), key=lambda item: -item[1])
+        return "\n".join([
+            f"{source}: {counted(frames, 'frame')} in {duration_text(elapsed_s)}, {mean:.1f} per "
+            f"second, at most {self.most_in_second}; {counted(errors, 'error frame')}",
+            *(f"{count:9} " + f"{names_of(number, 0)[0]} ({number})".lstrip()
+              for number, count in classes)])
+
+
 # =============================================================================
 # 11. Options
 # =============================================================================
 # Checks all that can be checked before anything starts. A wrong value is one
 # line on stderr and exit status 2.
 
-def address_towards(peer: str) -> "str | None":
-    """Our IPv4 address on the way to another one; None without a way. Nothing is sent."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((peer, PORT))
-            address: str = sock.getsockname()[0]
-            return address
-    except OSError:
-        return None
+PORT = 8598                     # uvscpd's; the full VSCP daemon has 9598
+SIOCGIFADDR, SIOCGIFHWADDR = 0x8915, 0x8927     # linux/sockios.h
 
 
 class Parser(argparse.ArgumentParser):
@@ -2665,7 +2749,7 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
                 name, password = map(login_argument, words[:2])
                 if name in users:
                     raise VscpError(f"user {name} is there twice")
-                privilege = words[2] if words[2:] else str(MOST_PRIVILEGED)
+                privilege = words[2] if words[2:] else str(MAX_PRIVILEGE)
                 if not re.fullmatch("[0-9]|1[0-5]", privilege):     # perhaps a part of the password
                     raise VscpError("the privilege is not a number from 0 to 15")
                 users[name] = User(name, password_digest(name, password), int(privilege),
@@ -2681,7 +2765,7 @@ def options_of_users(options: argparse.Namespace) -> None:
     options.public_file = ""        # the users' file, if anybody can read it
     options.users = {}              # by name; "" is -P without -U, when any name will do
     if options.guest is None:
-        options.guest = MOST_PRIVILEGED if path is None else 0
+        options.guest = MAX_PRIVILEGE if path is None else 0
     if path is not None:
         try:
             options.users, public = read_users(path)
@@ -2695,7 +2779,7 @@ def options_of_users(options: argparse.Namespace) -> None:
     options.name_is_enough = bool(name) and password is None
     if name or password:
         options.users[name or ""] = User(name or "", password_digest(name or "", password or ""),
-                                         MOST_PRIVILEGED, [])
+                                         MAX_PRIVILEGE, [])
 
 
 def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
@@ -2739,7 +2823,7 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
         help="users, one per line: NAME PASSWORD [PRIVILEGE [HOST...]]")
     add("-U", "--user", metavar="NAME", type=login_argument, help="name of one more user")
     add("-P", "--password", metavar="PASSWORD", type=login_argument, help="its password")
-    add("--guest", metavar="PRIVILEGE", type=number_from(0, MOST_PRIVILEGED),
+    add("--guest", metavar="PRIVILEGE", type=number_from(0, MAX_PRIVILEGE),
         help="privilege of clients that have not logged in, 0-15 (default 15, with --users 0)")
     add("--allow", metavar="PATTERN", type=parse_pattern, action="append", default=[],
         help="addresses that may connect, may be repeated: 192.168.1.8, 192.168.1.* or "
@@ -2774,6 +2858,7 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
 # =============================================================================
 # Listens, detaches, serves. What the system refuses is one line and exit status 1.
 
+SPARE_DESCRIPTORS = 20          # needed besides those of the clients
 ALL_ADDRESSES = "all addresses"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -2824,7 +2909,7 @@ def allow_descriptors(clients: int) -> None:
         soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit
                       for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
         if soft < needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed + MOST_LEAVING, hard), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed + MAX_LEAVING, hard), hard))
     except OSError as error:            # a sandbox that does not even let us ask
         log.debug(f"limit of descriptors: {error.strerror}")
         return
@@ -2903,10 +2988,10 @@ def log_access(options: argparse.Namespace, everywhere: bool) -> None:
     """Log what an operator may not know about access to the bus."""
     if options.public_file:
         log.warning(f"others can read {options.public_file}, try: chmod o= {options.public_file}")
-    if options.users and options.guest == MOST_PRIVILEGED:
+    if options.users and options.guest == MAX_PRIVILEGE:
         log.warning("clients may do everything without logging in; "
                     "--guest 0 makes them log in first")
-    elif not options.users and options.guest < MOST_PRIVILEGED:
+    elif not options.users and options.guest < MAX_PRIVILEGE:
         log.warning("nobody can log in: there is no user (--users)")
     elif not options.users and everywhere and not options.allow:
         log.info("every host that reaches this one may use the bus (see --allow, --users, --ip)")
@@ -2957,8 +3042,7 @@ def serve(options: argparse.Namespace) -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         if pidfile:
             remove_pidfile(pidfile)
-    if log.debugging:
-        log.debug("\n".join(daemon.summary()))
+    log.debug(daemon.summary.text(options.canbus, daemon.now - daemon.began, daemon.bus.errors))
     log.info(f"stopped after {duration_text(daemon.now - daemon.began)}: {daemon.totals()}")
     return 0
 
