@@ -474,7 +474,7 @@ def idle(daemon: DaemonProcess) -> Iterator[None]:
 
 def watched(daemon: uvscpd.Daemon) -> tuple[bool, bool]:
     """Whether the selector watches the bus for frames, and for room."""
-    sockets = daemon.selector.get_map()
+    sockets = daemon.selector.watched
     return daemon.bus.sock in sockets, daemon.bus.out in sockets
 
 
@@ -806,7 +806,7 @@ class EventTest(DaemonTestCase):
     def test_event_to_frame(self) -> None:
         for sent, frame, _ in EVENTS:
             with self.subTest(sent):
-                can_id, data = uvscpd.parse_event(expand(sent), uvscpd.GUID_ZERO)
+                can_id, data = uvscpd.parse_event(expand(sent))[:2]
                 self.assertEqual(f"{can_id:08X}#{data.hex()}", frame)
 
     def test_frame_to_event_line(self) -> None:
@@ -969,7 +969,8 @@ nobody   nothing     0
 
     def test_users_and_hosts(self) -> None:
         arguments = ["--users", self.file(self.USERS), "-U", "boss", "-P", "b"]
-        users = uvscpd.parse_arguments(arguments).users
+        logins = uvscpd.parse_arguments(arguments).logins
+        times = itertools.count()               # a second later each: nobody has to wait
         for name, password, host, level in (
                 ("panel", "secret", "127.0.0.1", 4), ("panel", "secret", "127.0.1.1", None),
                 ("panel", "Secret", "127.0.0.1", None), ("hass", "top", "127.0.0.2", 15),
@@ -978,7 +979,7 @@ nobody   nothing     0
                 ("nobody", "nothing", "::1", 0), ("boss", "b", "192.0.2.1", 15),
                 ("boss", "sha256:x", "::1", None), ("", "secret", "::1", None)):
             with self.subTest(name, password=password, host=host):
-                user = uvscpd.find_user(users, name, password, host)
+                user = logins.check(name, password, host, next(times))
                 self.assertEqual(user and user.privilege, level)
 
 
@@ -1078,7 +1079,7 @@ class BusTest(unittest.TestCase):
                 bus, state = self.bus, self.bus.state
                 self.assertEqual(
                     f'{state.status},{state.code},{state.subcode},"{state.text}"', info)
-                self.assertEqual(f"{bus.bus_offs},{bus.warnings},{bus.overruns}", counts)
+                self.assertEqual(f"{bus.bus_offs},{bus.warnings},{bus.dropped}", counts)
 
     def test_frame_after_errors(self) -> None:
         for error_class, controller, well in ((0x020, 0, True), (0x001, 0, True),
@@ -1121,24 +1122,24 @@ class SplitTest(unittest.TestCase):
          ["noop", TOO_LONG, TOO_LONG, ""]),
     )
 
-    rest = ""
+    partial = ""
 
     def feed(self, data: bytes) -> list[str]:
-        lines, self.rest = uvscpd.split_lines(self.rest, data)
+        lines, self.partial = uvscpd.split_lines(self.partial, data)
         return [str(line) for line in lines]
 
     def test_lines_in_pieces_of_any_size(self) -> None:
         for data, lines in self.LINES:
             for size in (len(data), 1, 2, 3, 511, 512, 513, 514):
                 with self.subTest(data[:30], size=size):
-                    self.rest = ""
+                    self.partial = ""
                     pieces = [data[start:start + size] for start in range(0, len(data), size)]
                     self.assertEqual([line for piece in pieces for line in self.feed(piece)], lines)
 
     def test_endless_line(self) -> None:
         for _ in range(100):
             self.assertEqual(self.feed(b"x" * 16384), [])
-            self.assertLessEqual(len(self.rest), 513)
+            self.assertLessEqual(len(self.partial), 513)
         self.assertEqual(self.feed(b"\nnoop\n"), [self.TOO_LONG, "noop"])
 
 
@@ -1576,10 +1577,10 @@ class AccessTest(OwnDaemonTestCase):
             client, _ = self.connect_inside(daemon)
             client.lines.extend(["user Admin", *[f"pass {password}"] * 4])
         for turn in range(10):                  # a guess of each of the others
-            self.assertIs(client.user, daemon.guest, turn)
+            self.assertIs(client.user, daemon.logins.guest, turn)
             daemon.tick()
             daemon.now += uvscpd.WRONG_LOGIN_S
-        self.assertIsNot(client.user, daemon.guest)
+        self.assertIsNot(client.user, daemon.logins.guest)
 
     def test_users_file_of_a_relative_name_detached(self) -> None:
         name = os.path.join("..", os.path.relpath(self.file("a b"), tempfile.gettempdir()))
@@ -1740,11 +1741,12 @@ class ConnectionTest(OwnDaemonTestCase):
         for code, seconds in ((errno.ECONNABORTED, 0), (errno.EMFILE, 1), (errno.ENOMEM, 1)):
             with self.subTest(errno.errorcode[code]), mock.patch.object(
                     daemon, "listener", accept=mock.Mock(side_effect=OSError(code, "no"))), \
-                    mock.patch.object(daemon, "watch") as watch:
+                    mock.patch.object(daemon.selector, "watch") as watch, \
+                    mock.patch.object(daemon.selector, "forget") as forget:
                 self.log.clear()
                 daemon.on_connection(0)
                 self.assertEqual(self.log, ["cannot accept a connection: no"] * seconds)
-                self.assertEqual([call[0][1] for call in watch.call_args_list], [0] * seconds)
+                self.assertEqual(forget.call_args_list, [((daemon.listener,),)] * seconds)
                 daemon.tick()
                 watch.assert_called_with(daemon.listener, selectors.EVENT_READ,
                                          daemon.on_connection)
@@ -1755,9 +1757,9 @@ class TurnTest(OwnDaemonTestCase):
 
     def test_STAT_counts_of_the_bus(self) -> None:
         daemon = self.inside()
-        daemon.bus.overruns = 5                 # before it connected
+        daemon.bus.dropped = 5                 # before it connected
         client, _ = self.connect_inside(daemon)
-        daemon.bus.overruns, daemon.bus.bus_offs, daemon.bus.warnings, client.lost = 7, 1, 2, 30
+        daemon.bus.dropped, daemon.bus.bus_offs, daemon.bus.warnings, client.missed = 7, 1, 2, 30
         self.assertEqual(uvscpd.run_command(client, "stat"), "1,2,32,0,0,0,0\r\n+OK\r\n")
 
     def test_lost_events_are_logged_once_per_hour(self) -> None:
@@ -1769,7 +1771,7 @@ class TurnTest(OwnDaemonTestCase):
             self.assertEqual(self.log, [
                 f"{client.name}: loses events, it does not fetch them and its buffer of "
                 "3 events is full"] * warnings)
-        self.assertEqual((client.lost, daemon.lost, len(client.fifo)), (4, 4, 3))
+        self.assertEqual((client.missed, daemon.missed, len(client.fifo)), (4, 4, 3))
         self.assertEqual((client.rx_frames, client.rx_bytes), (7, 35))
 
     @staticmethod
@@ -1780,17 +1782,17 @@ class TurnTest(OwnDaemonTestCase):
     def test_frames_gather_under_load(self) -> None:
         daemon, client = self.inside_with_client()
         for number in range(8):                 # the eighth within 20 ms is load
-            self.assertEqual((daemon.gather_at, watched(daemon)[0]), (uvscpd.NEVER, True))
+            self.assertEqual((daemon.reader.gather_at, watched(daemon)[0]), (uvscpd.NEVER, True))
             self.frames_come(daemon, 1)
-            daemon.now = daemon.bus_read_at + 0.002
-            daemon.busy_until = max(daemon.busy_until, daemon.now) if number else 0.0
-            daemon.on_bus(selectors.EVENT_READ)
-        self.assertAlmostEqual(daemon.gather_at - daemon.now, 0.005)
+            daemon.now = daemon.reader.read_at + 0.002
+            daemon.reader.busy_until = max(daemon.reader.busy_until, daemon.now) if number else 0.0
+            daemon.reader.on_readable(selectors.EVENT_READ)
+        self.assertAlmostEqual(daemon.reader.gather_at - daemon.now, 0.005)
         self.assertFalse(watched(daemon)[0])
         for count, gathers in ((3, True), (1, False)):
             self.frames_come(daemon, count)
-            daemon.gather()
-            self.assertEqual((daemon.gather_at < uvscpd.NEVER, watched(daemon)[0]),
+            daemon.reader.read_gathered()
+            self.assertEqual((daemon.reader.gather_at < uvscpd.NEVER, watched(daemon)[0]),
                              (gathers, not gathers))
         self.assertEqual(len(client.fifo), 12)
 
@@ -1798,17 +1800,17 @@ class TurnTest(OwnDaemonTestCase):
         daemon, client = self.inside_with_client()
         for quiet_s, gathers in ((0.019, False), (0.021, True)):
             daemon.now += 10
-            daemon.gather_at = daemon.now + 1
+            daemon.reader.gather_at = daemon.now + 1
             self.assertEqual(uvscpd.run_command(client, "send 0,20,1,0,,0,-"), "+OK\r\n")
-            self.assertEqual(daemon.gather_at, daemon.now)
-            daemon.gather()                     # takes in just that one
-            self.assertEqual(daemon.gather_at, uvscpd.NEVER)
+            self.assertEqual(daemon.reader.gather_at, daemon.now)
+            daemon.reader.read_gathered()                     # takes in just that one
+            self.assertEqual(daemon.reader.gather_at, uvscpd.NEVER)
             daemon.now += quiet_s
             self.frames_come(daemon, 9)
-            daemon.busy_until, daemon.busy_frames = daemon.now, 7
-            daemon.on_bus(selectors.EVENT_READ)
-            self.assertEqual(daemon.gather_at < uvscpd.NEVER, gathers)
-            daemon.drain()
+            daemon.reader.busy_until, daemon.reader.busy_frames = daemon.now, 7
+            daemon.reader.on_readable(selectors.EVENT_READ)
+            self.assertEqual(daemon.reader.gather_at < uvscpd.NEVER, gathers)
+            daemon.read_all()
             self.assertEqual(len(client.fifo), 9)
             client.fifo.clear()
 
@@ -1816,10 +1818,10 @@ class TurnTest(OwnDaemonTestCase):
         daemon, client = self.inside_with_client()
         for since_s, count in ((0.0005, 3), (0.0015, 1)):
             self.frames_come(daemon, 3)
-            daemon.now = daemon.bus_read_at + since_s
-            daemon.on_bus(selectors.EVENT_READ)
+            daemon.now = daemon.reader.read_at + since_s
+            daemon.reader.on_readable(selectors.EVENT_READ)
             self.assertEqual(len(client.fifo), count)
-            daemon.drain()
+            daemon.read_all()
             client.fifo.clear()
 
     def test_SIGTERM_ends_at_once_when_all_clients_have_gone(self) -> None:
@@ -1840,15 +1842,15 @@ class TurnTest(OwnDaemonTestCase):
             self.assertEqual(daemon.stop_by, daemon.now)
 
     def test_addresses_of_wrong_logins_are_bounded(self) -> None:
-        daemon, client = self.inside_with_client()
+        logins = uvscpd.Logins({}, 0)
         for number in range(1500):
-            client.host = f"10.0.{number // 256}.{number % 256}"
-            daemon.suspect(client)
-        self.assertEqual(len(daemon.suspects), 1000)
-        daemon.now += 0.6
-        for client.host in "2001:db8::1", "2001:db8::2":            # one /64 counts as one
-            daemon.suspect(client)
-        self.assertEqual(daemon.suspects, {b"\x20\x01\x0d\xb8\0\0\0\0": daemon.now + 0.5})
+            logins.check("", "", f"10.0.{number // 256}.{number % 256}", 10.0)
+        self.assertEqual(len(logins.blocked), 1000)
+        logins.check("", "", "2001:db8::1", 10.6)
+        self.assertEqual(logins.blocked, {b"\x20\x01\x0d\xb8\0\0\0\0": 11.1})
+        with self.assertRaises(uvscpd.Later) as later:              # one /64 counts as one
+            logins.check("", "", "2001:db8::2", 10.7)
+        self.assertEqual(later.exception.at, 11.1)
 
     def test_peer_that_acknowledges_nothing_for_five_minutes(self) -> None:
         for milliseconds, gone in ((299999, False), (300001, True)):
@@ -1896,9 +1898,9 @@ class TurnTest(OwnDaemonTestCase):
             for _ in range(3):
                 for key, mask in daemon.selector.select(0):
                     key.data(mask)
-            self.assertEqual(list(daemon.waiting), [client])
+            self.assertEqual(list(daemon.queue.waiting), [client])
             send.side_effect = None
-            daemon.send_waiting()
+            daemon.queue.on_room()
         other_end.settimeout(TIMEOUT)
         self.assertTrue(other_end.recv(4096).endswith(b":virtual:\r\n+OK\r\n"))
 
@@ -1916,21 +1918,21 @@ class TurnTest(OwnDaemonTestCase):
             for client in clients:
                 client.lines.extend(["send 96,20,3,0,,0,-"])
                 client.turn()
-            self.assertEqual(list(daemon.waiting), clients)
+            self.assertEqual(list(daemon.queue.waiting), clients)
             self.assertEqual(watched(daemon), (True, True))
             self.assertEqual(send.call_count, 1)            # the others do not try
             daemon.now += uvscpd.SEND_WAIT_S - 0.1
             send.side_effect = [None, full]
-            daemon.send_waiting()                           # the bus took one: time starts anew
-            self.assertEqual(list(daemon.waiting), clients[1:])
+            daemon.queue.on_room()                           # the bus took one: time starts anew
+            self.assertEqual(list(daemon.queue.waiting), clients[1:])
             daemon.now += uvscpd.SEND_WAIT_S - 0.1
             send.side_effect = full
             daemon.tick()
-            self.assertEqual(list(daemon.waiting), clients[1:])
+            self.assertEqual(list(daemon.queue.waiting), clients[1:])
             daemon.now += 0.2
             daemon.tick()
         self.assertEqual([len(client.lines) for client in clients], [0] * 9)
-        self.assertFalse(daemon.waiting)
+        self.assertFalse(daemon.queue.waiting)
 
 
 class ClientIdTest(OwnDaemonTestCase):
@@ -2021,7 +2023,7 @@ class DiscoveryTest(OwnDaemonTestCase):
             with self.subTest(arguments, data=data):
                 daemon = self.inside(*arguments)
                 daemon.bus.send(0x0C001B05, data, SENDERS["A"])
-                daemon.pump(1)
+                daemon.reader.read(1)
                 self.assertEqual([frame[:2] for frame in daemon.bus.read(9)[0]], [
                     (0x0C001C00, b"\x80\x28" + socket.inet_aton(address)
                      + daemon.listener.getsockname()[1].to_bytes(2, "big"))] if address else [])
@@ -2370,10 +2372,10 @@ class ArgumentTest(OwnDaemonTestCase):
         options = uvscpd.parse_arguments([])
         self.assertEqual(
             (options.canbus, options.guid, options.buffer, options.ip, options.port,
-             options.max_clients, options.guest, options.allow, options.pidfile),
+             options.max_clients, options.logins.guest.privilege, options.allow, options.pidfile),
             ("can0", bytes(16), 1000, None, 8598, 50, 15, [], ""))
         self.assertFalse(options.ns_timestamps or options.answer_probes or options.stay
-                         or options.debug or options.users)
+                         or options.debug or options.logins.users)
 
     def test_status_and_output_of_the_process(self) -> None:
         for option, stdout in (("--help", "usage: uvscpd.py .*"),
@@ -2707,6 +2709,56 @@ class PortabilityTest(OwnDaemonTestCase):
         say(a, "rcvloop | +OK | 96,20,3,0,*,#,...")
 
 
+class HouseTest(unittest.TestCase):
+    """The rules of uvscpd.py's docstring and of its rooms, checked in its source."""
+
+    tree: ClassVar[ast.Module]
+    classes: ClassVar[list[ast.ClassDef]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        with open(PROGRAM, encoding="utf-8") as file:
+            cls.tree = ast.parse(file.read())
+        cls.classes = [node for node in cls.tree.body if isinstance(node, ast.ClassDef)]
+
+    @staticmethod
+    def written(node: ast.AST) -> set[str]:
+        """The attributes and items that the code in a class writes: `self.x`, `other.x`."""
+        names = set()
+        for inner in ast.walk(node):
+            if isinstance(inner, (ast.Attribute, ast.Subscript)) \
+                    and isinstance(inner.ctx, (ast.Store, ast.Del)):
+                while isinstance(inner, ast.Subscript):
+                    inner = inner.value
+                path = []
+                while isinstance(inner, ast.Attribute):
+                    path.append(inner.attr)
+                    inner = inner.value
+                root = inner.id if isinstance(inner, ast.Name) else "..."
+                names.add(".".join([root, *reversed(path)]))
+        return names
+
+    def test_a_class_writes_only_its_own_attributes(self) -> None:
+        for each in self.classes:
+            with self.subTest(each.name):
+                foreign = [name for name in self.written(each) if name.count(".")
+                           and not re.fullmatch(r"self\.\w+", name)]
+                self.assertEqual(foreign, [])
+        sample = ast.parse("b.c = 1; self.d.e += 1; del b.f[0]; self.g = b.h")
+        self.assertEqual(self.written(sample), {"b.c", "self.d.e", "b.f", "self.g"})
+
+    def test_no_class_is_a_hall(self) -> None:
+        counts = {each.name: sum(name.startswith("self.") for name in self.written(each))
+                  for each in self.classes}
+        self.assertLessEqual(counts.pop("Client"), 34)
+        self.assertLessEqual(max(counts.values()), 26)
+
+    def test_the_first_class_comes_soon(self) -> None:
+        imports = max(node.lineno for node in self.tree.body
+                      if isinstance(node, (ast.Import, ast.ImportFrom)))
+        self.assertLess(self.classes[0].lineno - imports, 90)
+
+
 class ReadmeTest(OwnDaemonTestCase):
     """README.md is compared with the program, and its sessions are played.
 
@@ -2756,7 +2808,7 @@ class ReadmeTest(OwnDaemonTestCase):
     def test_event_line(self) -> None:
         line, bits = re.findall(r"\n    (96,20,3,.*)\n(?s:.*?)`cansend can0 (\w+#\w+)`",
                                 self.readme)[0]
-        can_id, data = uvscpd.parse_event(line)
+        can_id, data, _ = uvscpd.parse_event(line)
         self.assertEqual(f"{can_id:08X}#{data.hex()}", bits)
         date, timestamp = line.split(",")[4:6]
         seconds = timegm(time.strptime(date, "%Y-%m-%dT%H:%M:%SZ"))
@@ -2775,7 +2827,7 @@ class ReadmeTest(OwnDaemonTestCase):
         self.assertEqual([(name, user.privilege) for name, user in users.items()],
                          [("panel", 4), ("watcher", 2), ("hass", 15)])
         name, password = re.findall(r"`printf %s (\w+):(\w+) \| sha256sum`", self.readme)[0]
-        self.assertTrue(uvscpd.find_user(users, name, password, "192.168.1.8"))
+        self.assertTrue(uvscpd.Logins(users, 0).check(name, password, "192.168.1.8", 0.0))
 
     # --- sessions ---
 
@@ -4041,7 +4093,7 @@ def check_events(watcher: Peer, peer: Peer, number: int) -> None:
         line = watcher.read_line()
         if line != "+OK":
             assert EVENT_LINE.fullmatch(line), f"not an event: {line!r}"
-            can_id, data = uvscpd.parse_event(line, uvscpd.GUID_ZERO)
+            can_id, data, _ = uvscpd.parse_event(line)
             fields = [can_id >> 21 & 0xF0, can_id >> 16 & 0x1FF, can_id >> 8 & 0xFF]
             assert line.startswith("{},{},{},".format(*fields)), f"not a CAN event: {line!r}"
 

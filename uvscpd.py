@@ -3,15 +3,17 @@
 """uvscpd.py - the micro VSCP daemon: TCP clients on one side, a CAN bus on the other.
 
 The daemon speaks VSCP's TCP/IP text protocol (port 8598) and bridges it to one
-SocketCAN interface. It makes no decisions of its own and needs no configuration
-file; the only thing it keeps is a bounded FIFO of events for each client.
+SocketCAN interface. It only relays: no rules, no configuration file.
 
-    can0 --frame--> Bus --Frame--> Daemon --event line--> Client.fifo --> TCP
-                     ^               (filter, GUID)
-    can0 <--frame-- Bus <--- do_send <--- run_command <--- Client.lines <-- TCP
+    can0 --> Bus.read --> Daemon.hand_out --event lines--> Client.put ----------> TCP
+                                                               |                   ^
+                                                               +--> Client.fifo ---+
+    can0 <-- Bus.send <-- SendQueue.send <-- do_send <-- Client.run_lines <------ TCP
 
 A frame that was sent comes back from the kernel once it has been on the bus. Only
-then do the other clients get it; `Bus.own` knows who sent it.
+then do the other clients get it; OwnFrames knows who sent it. Event lines are
+buffered in `fifo` only for a client outside the receive loop, or one that reads too
+slowly.
 
 A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
 
@@ -25,9 +27,11 @@ A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
     +OK - bye
 
 Read the file from top to bottom. Sections 2 to 5 are pure: text and bytes in,
-values out. The bus is section 6, a connection section 7, what a client can ask
-for section 8, and the loop that joins them section 9. Section 10 is what -d says
-about events, sections 11 and 12 are the command line, the start and the end.
+values out. The bus is section 6, a connection section 7, what a client can ask for
+section 8, and the loop that joins them section 9. Section 10 is what runs beside the
+loop, section 11 what -d says about events, 12 and 13 the command line, the start and
+the end. A class writes only its own attributes; the commands of section 8 are the one
+exception. Times in comments are of a processor of 250 MIPS, a small Raspberry Pi's.
 """
 
 # Only modules that OpenWrt's python3-light has. What is rarely needed and slow to
@@ -48,13 +52,14 @@ import time
 from collections import deque, namedtuple
 from functools import lru_cache, partialmethod
 
-# Python 3.5 and older show the next line as a syntax error, so its comment says why.
+# Python 3.5 and older stop at the annotation below and print that line; its comment tells the
+# user why.
 TYPE_CHECKING: bool = False     # Python 3.7 or newer is needed
 if sys.version_info < (3, 7):
     sys.exit("uvscpd.py: Python 3.7 or newer is needed")
 
-# Type checkers take this for true. At run time, importing typing would be an eighth of the
-# start. So annotations that Python 3.7 cannot evaluate are in quotes.
+# Type checkers take this for true. At run time it is false, as importing typing takes an eighth
+# of the start-up time. So annotations that Python 3.7 cannot evaluate are in quotes.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any, NoReturn
@@ -65,7 +70,7 @@ __version__ = "1.0.0"
 # =============================================================================
 # 1. Errors, log
 # =============================================================================
-# The one error for everything that a user can do wrong, and messages for the
+# One exception for every user error, two for what has to wait, and messages for the
 # operator, which never block. Numbers stand at the head of the section they are for.
 
 NEVER = float("inf")
@@ -75,13 +80,13 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 class VscpError(argparse.ArgumentTypeError):
     """What a user asked for cannot be done; the text says why.
 
-    A client gets the text behind `-OK - `. It is an ArgumentTypeError so that
+    A client gets the text after `-OK - `. It is an ArgumentTypeError so that
     argparse prints the text when an option's value is wrong.
     """
 
 
 class Later(Exception):
-    """A command cannot be run before the time `at`; then its line runs again."""
+    """A log-in cannot be checked before the time `at`; then its line runs again."""
 
     def __init__(self, at: float) -> None:
         super().__init__()
@@ -106,13 +111,13 @@ LOG_DAEMON = 3 << 3                                         # its facility
 class Log:
     """Messages to stderr in the foreground, to syslog once detached. Never blocks.
 
-    What cannot be written at once (nobody reads the pipe, the terminal is stopped,
-    the disk is full) is counted, and the number is written once there is room.
+    Lines that cannot be written at once (nobody reads the pipe, the terminal is
+    stopped, the disk is full) are counted; the number is logged once there is room.
     """
 
     def __init__(self) -> None:
         self.debugging = False
-        self.lost = 0                               # lines that could not be written
+        self.unlogged = 0                           # lines that could not be written
         self.syslog: socket.socket | None = None    # once detached
         self.journal = self.is_journal()
 
@@ -128,14 +133,14 @@ class Log:
     def write(self, priority: int, text: str, time_us: int = 0) -> None:
         clock = f"{clock_text(time_us or time.time_ns() // 1000)} " if self.debugging else ""
         for line in (clock + text).splitlines():
-            lost = f"{clock}{counted(self.lost, 'message')} could not be logged"
-            if self.lost and self.put(LOG_WARNING, lost):
-                self.lost = 0
-            if self.lost or not self.put(priority, line):
-                self.lost += 1
+            gap = f"{clock}{counted(self.unlogged, 'message')} could not be logged"
+            if self.unlogged and self.put(LOG_WARNING, gap):
+                self.unlogged = 0
+            if self.unlogged or not self.put(priority, line):
+                self.unlogged += 1
 
     def put(self, priority: int, line: str) -> bool:
-        """Write a line where messages go; returns whether that was possible."""
+        """Write a line to stderr or syslog; returns whether that was possible."""
         try:
             if self.syslog:
                 stamp = time.strftime("%b %e %H:%M:%S")
@@ -163,28 +168,28 @@ log = Log()
 
 
 def clock_text(time_us: int) -> str:
-    """The local time of day, of microseconds since 1970."""
+    """The local time of day at a time given in microseconds since 1970."""
     clock = time.strftime("%H:%M:%S", time.localtime(time_us // 1000000))
     return f"{clock}.{time_us % 1000000:06d}"
 
 
 def counted(number: int, thing: str) -> str:
-    """So many things: `1 frame`, `2 frames`."""
+    """A number of things, in words: `1 frame`, `2 frames`."""
     return f"{number} {thing}" + "s" * (number != 1)
 
 
 def duration_text(seconds: float) -> str:
-    """How long, in the two largest units.
+    """A duration in the two largest units.
 
     >>> duration_text(5), duration_text(11525), duration_text(90000)
     ('5 s', '3 h 12 min', '1 d 1 h')
     """
     parts: list[str] = []
-    rest = int(seconds)
+    left = int(seconds)
     for unit, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        if rest >= unit or name == "s" and not parts:
-            parts.append(f"{rest // unit} {name}")
-            rest %= unit
+        if left >= unit or name == "s" and not parts:
+            parts.append(f"{left // unit} {name}")
+            left %= unit
     return " ".join(parts[:2])
 
 
@@ -201,7 +206,7 @@ def traceback_text(error: BaseException) -> str:
 # =============================================================================
 # 2. Numbers and GUIDs
 # =============================================================================
-# The fields of commands and events: text to values and back.
+# The fields of commands and events, from text to values and back.
 
 GUID_ZERO = bytes(16)
 
@@ -274,7 +279,7 @@ def parse_event_guid(text: str) -> bytes:
 #
 #     head,class,type,obid,datetime,timestamp,GUID,data0,data1,...
 #
-# so head = (can_id >> 21) & 0xF0. The texts of ids and bytes are kept in tables: that
+# so head = (can_id >> 21) & 0xF0. The texts of ids and bytes are kept in tables, which
 # halves the time that SEND and an event line take.
 
 # linux/can.h
@@ -282,19 +287,20 @@ EFF_FLAG = 0x80000000           # in the can_id: extended frame, 29-bit id
 RTR_FLAG = 0x40000000           # remote request
 ERR_FLAG = 0x20000000           # error frame, the id is a set of error classes
 EFF_MASK = 0x1FFFFFFF
-EXTENDED = EFF_FLAG >> 29       # of an extended data frame, can_id >> 29: no other flag is set
+EXTENDED = EFF_FLAG >> 29       # can_id >> 29 of an extended data frame: EFF set, RTR and ERR clear
 FRAME = struct.Struct("=IB3x8s")            # struct can_frame: can_id, length, data
 FRAME_SIZE, unpack_frame = FRAME.size, FRAME.unpack
 
 if TYPE_CHECKING:
     # A frame that has been on the bus: the CAN id (29 bits, without flags), 0-8 bytes of
-    # data, when the kernel received it (seconds since 1970 and nanoseconds), and who of us
-    # sent it, None for another node.
+    # data, when the kernel received it (seconds since 1970 and nanoseconds), and which client
+    # sent it, None for a node. A tuple, as its fields are used by place in the hot loops:
+    # frame[0] is the id, frame[4] the sender.
     Frame = tuple[int, bytes, int, int, "Client | Discovery | None"]
 
 
 def pack_id(head: int, vscp_class: int, vscp_type: int, nickname: int) -> int:
-    """The bits of a CAN id, as far as it has room for the fields."""
+    """The CAN id of these fields, each cut to the bits that it has there."""
     return (head & 0xF0) << 21 | (vscp_class & 0x1FF) << 16 | (vscp_type & 0xFF) << 8 | nickname
 
 
@@ -324,17 +330,16 @@ def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> "tuple[in
     return can_id, number > 511
 
 
-def parse_event(text: str, *guids: bytes) -> "tuple[int, bytes]":
+def parse_event(text: str) -> "tuple[int, bytes, bytes]":
     """The CAN id (29 bits) and the data (0-8 bytes) of an event that a client sends.
 
-    obid, datetime and timestamp are not looked at: CAN carries none of them. A
-    comma at the end is no data byte: VSCP's Arduino client ends events without
-    data so. A class from 512 on is a Level I event mirrored as Level II: the first
-    16 data bytes are the GUID of the interface that it is meant for, bytes 0-13 of
-    which must be those of one of `guids`. Raises VscpError when they are not, or
-    when a field is missing, malformed or out of range.
+    And the GUID of the interface that it is meant for: the first 16 data bytes of a
+    class from 512 on, which is a Level I event mirrored as Level II; else empty.
+    obid, datetime and timestamp are ignored, as CAN carries none of them. A comma at
+    the end is no data byte: VSCP's Arduino client ends events without data so. Raises
+    VscpError when a field is missing, malformed or out of range.
 
-    >>> can_id, data = parse_event("96,20,3,0,,0,-,0,1,0x23", GUID_ZERO)
+    >>> can_id, data, _ = parse_event("96,20,3,0,,0,-,0,1,0x23")
     >>> f"{can_id:08X}#{data.hex()}"
     '0C140300#000123'
     """
@@ -348,20 +353,19 @@ def parse_event(text: str, *guids: bytes) -> "tuple[int, bytes]":
         data = bytes([BYTE_VALUE[field] for field in fields[7:]])
     except KeyError:
         data = bytes([parse_number(field, 255, "data byte") for field in fields[7:]])
+    interface = b""
     if mirrored:
-        if len(data) < 16:
+        interface, data = data[:16], data[16:]
+        if len(interface) < 16:
             raise VscpError("class 512-1023 needs the interface's GUID in 16 data bytes")
-        if data[:14] not in [guid[:14] for guid in guids]:
-            raise VscpError("no interface with this GUID here")
-        data = data[16:]
     if len(data) > 8:
         raise VscpError("too many data bytes")
-    return can_id, data
+    return can_id, data, interface
 
 
 @lru_cache(maxsize=4096)
 def id_text(can_id: int) -> "tuple[str, str]":
-    """What a CAN id alone says: `head,class,type,` and `:nickname`.
+    """The text of what a CAN id says: `head,class,type,` and `:nickname`.
 
     Bit 29, which no CAN id has, is bit 8 of the head.
     """
@@ -458,12 +462,12 @@ def parse_filter(text: str, what: str) -> "Filter":
 
 
 def make_view(wanted: "Filter", mask: "Filter", guid: bytes) -> "View":
-    """The view of a client with this filter and mask, to which events show this GUID.
+    """The view of a client with the filter `wanted` and this mask, to which events show this GUID.
 
     The GUID compared is the event's as the client sees it: this one with the
     nickname as the last byte. A filter class of 512-1023 means the Level I class
-    512 lower, as events from CAN have no other. What no frame can match (class
-    mask 0xFFFF and filter 2000, say) becomes mask 0, value 1: nothing passes.
+    512 lower, as events from CAN have no other. A filter that no frame can match
+    (class mask 0xFFFF and filter 2000, say) becomes mask 0, value 1: nothing passes.
 
     >>> _, value, mask = make_view((0, 20, 0, GUID_ZERO), (0, 0xFFFF, 0, GUID_ZERO), GUID_ZERO)
     >>> f"{value:08X} {mask:08X}"
@@ -484,13 +488,13 @@ def make_view(wanted: "Filter", mask: "Filter", guid: bytes) -> "View":
     return guid_text, value & bits, bits
 
 
-def pack_filters(wanted: "Iterable[tuple[int, int]]") -> bytes:
-    """The CAN_RAW_FILTER option: an array of struct can_filter, the union of what is wanted.
+def pack_filters(filters: "Iterable[tuple[int, int]]") -> bytes:
+    """The CAN_RAW_FILTER option: an array of struct can_filter, the union of these filters.
 
     Takes pairs of value and mask as in View. Only extended data frames pass.
-    More filters than the kernel takes become one that passes them all.
+    More filters than the kernel takes become one that lets all of them pass.
     """
-    pairs = {(value, mask) for value, mask in wanted if value & mask == value}
+    pairs = {(value, mask) for value, mask in filters if value & mask == value}
     if (0, 0) in pairs or len(pairs) > MAX_FILTERS:
         pairs = {(0, 0)}
     kind = EFF_FLAG | RTR_FLAG
@@ -500,32 +504,34 @@ def pack_filters(wanted: "Iterable[tuple[int, int]]") -> bytes:
 # =============================================================================
 # 5. Addresses and users
 # =============================================================================
-# Who may connect, and who may log in.
+# Who may connect, who may log in, and who has to wait. Pure: time is passed in.
 
 MAX_PRIVILEGE = 15
 LOGIN_S = 30.0                  # for clients that may do nothing before they log in
 WRONG_LOGIN_S = 0.5             # a wrong log-in is answered after this time; until then, other
-                                # log-ins from its address wait
+                                # log-ins from its place wait
 MAX_WRONG_LOGINS = 5            # then the connection is closed
-MAX_SUSPECTS = 1000             # addresses of wrong log-ins to remember
+MAX_BLOCKED = 1000              # places of wrong log-ins to remember
 EVERYWHERE = ("::", "0.0.0.0")  # what a socket for all addresses is bound to
 
 
 def plain_address(address: str) -> str:
-    """An address without its zone; an IPv4 address as such, though it comes by IPv6."""
+    """An address without its zone; an IPv4-mapped IPv6 address as plain IPv4."""
     address = address.partition("%")[0]
     return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
-def network_of(host: str) -> bytes:
-    """What counts as one place: an IPv4 address, the first 64 bits of an IPv6 address."""
+def place_of(host: str) -> bytes:
+    """What counts as one place: an IPv4 address, or the first 64 bits of an IPv6 address."""
     if ":" in host:
         return socket.inet_pton(socket.AF_INET6, host)[:8]
     return socket.inet_aton(host)
 
 
 def parse_pattern(text: str) -> "Callable[[str], bool]":
-    """A function: whether an address is in the network or like the pattern (`*`: anything).
+    """A predicate: is an address in this network, or does it match this pattern (`*`: anything)?
+
+    Raises VscpError when the text is neither.
 
     >>> parse_pattern("192.168.1.*")("192.168.1.8"), parse_pattern("fe80::/10")("::1")
     (True, False)
@@ -533,7 +539,7 @@ def parse_pattern(text: str) -> "Callable[[str], bool]":
     import fnmatch
     import ipaddress
     byte, word = r"(\*|25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})", r"(\*|[0-9a-f]{0,4})"
-    pattern = re.sub(r"\b0+(?=[0-9a-f])", "", text.lower())      # as addresses are written
+    pattern = re.sub(r"\b0+(?=[0-9a-f])", "", text.lower())      # as ipaddress prints them
 
     def is_like(host: str) -> bool:
         address = ipaddress.ip_address(host)
@@ -552,14 +558,14 @@ def parse_pattern(text: str) -> "Callable[[str], bool]":
         raise VscpError(
             f"'{text}' is not an address, network or pattern") from None
     if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped:
-        # IPv4 addresses count as such, however they come.
+        # An IPv4 client is known by its IPv4 address, whichever way it connects.
         network = ipaddress.ip_network(
             f"{network.network_address.ipv4_mapped}/{network.prefixlen - 96}")
     return lambda host: ipaddress.ip_address(host) in network
 
 
 def allowed(host: str, patterns: "list[Callable[[str], bool]]") -> bool:
-    """Whether an address is like one of the patterns; none of them: any address is."""
+    """Whether an address matches one of the patterns; without patterns, any address does."""
     return not patterns or any(matches(host) for matches in patterns)
 
 
@@ -587,19 +593,43 @@ def login_digest(name: str, password: str) -> bytes:
     return sha256(f"{name}:{password}".encode("ascii")).digest()
 
 
-def find_user(users: "dict[str, User]", name: str, password: str, host: str) -> "User | None":
-    """The user, if name, password and address are right; a wrong name takes as long."""
-    from hmac import compare_digest
-    user = users.get(name)
-    right = compare_digest(login_digest(name, password), user.digest if user else bytes(32))
-    return user if user and right and allowed(host, user.hosts) else None
+class Logins:
+    """Who may log in, and who has to wait: one wrong log-in blocks its place for half a second."""
+
+    def __init__(self, users: "dict[str, User]", guest: int, password_needed: bool = True) -> None:
+        self.users = users                      # by name; "" is -P without -U: any name will do
+        self.guest = User("", b"", guest, [])   # who a client is until it has logged in
+        self.password_needed = password_needed  # else the name is enough (-U without -P)
+        self.blocked: dict[bytes, float] = {}   # until when nobody may log in from a place
+
+    def check(self, name: str, password: str, host: str, now: float) -> "User | None":
+        """The user, if name, password and address are right; a wrong name takes as long.
+
+        Raises Later as long as the place is blocked.
+        """
+        from hmac import compare_digest
+        until = self.blocked.get(place_of(host), 0.0)
+        if until > now:
+            raise Later(until)
+        user = self.users.get(name)
+        right = compare_digest(login_digest(name, password), user.digest if user else bytes(32))
+        if user and right and allowed(host, user.hosts):
+            return user
+        self.block(place_of(host), now)
+        return None
+
+    def block(self, place: bytes, now: float) -> None:
+        """For half a second nobody can log in from this place, on any connection."""
+        self.blocked = {each: until for each, until in self.blocked.items() if until > now}
+        if len(self.blocked) < MAX_BLOCKED:
+            self.blocked[place] = now + WRONG_LOGIN_S
 
 
 # =============================================================================
 # 6. Bus
 # =============================================================================
-# Sends and receives frames, and knows how the bus is doing. Knows nothing of clients
-# but who sent which frame. What the system reports (OSError) becomes advice here.
+# Sends and receives frames, and knows how the bus is doing. Knows clients only as
+# senders of frames. What the system reports (OSError) becomes advice here.
 
 # Linux, from linux/can/raw.h, asm-generic/socket.h and linux/sockios.h; Python does not name them.
 CAN_RAW_ERR_FILTER = 2
@@ -613,22 +643,22 @@ MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
 SIOCGIFFLAGS, IFF_UP = 0x8913, 0x1
 
 RECEIVE_BUFFER = 2 << 20        # bytes of kernel buffer, about 5,400 frames
-FRAMES_IN_KERNEL = 8000         # reading so many empties it
+FRAMES_IN_KERNEL = 8000         # more frames than fit into it: reading this many empties it
 SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
 MAX_UNDER_WAY = 1000            # own frames that have not come back
 MAX_OVERTAKEN = 64              # places by which a controller with several mailboxes mixes them
 
-WELL, WARNING, PASSIVE, BUS_OFF, AWAY = range(5)     # AWAY: no usable interface
+WELL, WARNING, PASSIVE, BUS_OFF, UNUSABLE = range(5)     # UNUSABLE: no usable interface
 
 
-# How the bus is doing, as INFO answers it. status: WELL to AWAY. code: error classes of
-# linux/can/error.h; AWAY: an errno. subcode: state of the controller, data[1] of an error
+# How the bus is doing, as INFO answers it. status: WELL to UNUSABLE. code: error classes of
+# linux/can/error.h; UNUSABLE: an errno. subcode: state of the controller, data[1] of an error
 # frame. advice: what helps, a command to type where there is one.
 BusState = namedtuple("BusState", "status code subcode text advice")
 BUS_WELL = BusState(WELL, 0, 0, "OK", "")
 
 
-def trouble(state: BusState) -> str:
+def state_text(state: BusState) -> str:
     """What is wrong with the bus and what helps, for a person."""
     return f"{state.text}, try: {state.advice}" if state.advice else str(state.text)
 
@@ -681,11 +711,12 @@ class OwnFrames:
 
     They come back, confirmed, in the order in which they were sent, unless a
     controller with several mailboxes lets some overtake others. Some never come back:
-    the receive buffer was full, the interface went, the controller is in one-shot mode.
+    the receive buffer was full, the interface went away, the controller is in one-shot mode.
     """
 
     def __init__(self) -> None:
-        # CAN id, data, sender and number of each, the oldest first.
+        # CAN id, data, sender and number of each, the oldest first. The numbers tell how many
+        # later frames have overtaken one; after MAX_OVERTAKEN it counts as lost.
         self.frames: deque[tuple[int, bytes, Client | Discovery, int]] = deque(maxlen=MAX_UNDER_WAY)
         self.next_number = 1
 
@@ -698,8 +729,8 @@ class OwnFrames:
         """Who sent a frame that came back; None: nobody knows.
 
         Of equal frames the newest is claimed, so one that never comes back is not
-        mistaken for a later one of another sender. What is far older than a frame
-        that came back is forgotten.
+        mistaken for a later one of another sender. Frames far older than one that came
+        back are forgotten.
         """
         equal = [place for place, own in enumerate(self.frames)
                  if own[1] == data and own[0] == can_id]
@@ -715,9 +746,9 @@ class OwnFrames:
         while self.frames and self.frames[0][3] < before:
             self.frames.popleft()
 
-    def keep(self, wanted: "Callable[[int], bool]") -> None:
-        """Forget those whose CAN id the kernel does not let through any more."""
-        kept = [own for own in self.frames if wanted(own[0])]
+    def keep(self, passes: "Callable[[int], bool]") -> None:
+        """Forget those whose CAN id does not pass the kernel's filter any more."""
+        kept = [own for own in self.frames if passes(own[0])]
         self.frames.clear()
         self.frames.extend(kept)
 
@@ -742,17 +773,18 @@ class Bus:
         self.out: socket.socket | None = None       # to send with; on CAN a second descriptor of
                                                     # `sock`, as a selector watches one only once
         self.filters: list[tuple[int, int]] = []    # value and mask, as in View
-        self.shared = False                 # somebody wants to get what another one sent
+        self.has_others = False             # a client must receive what another client sends
         self.own = OwnFrames()              # empty as long as nobody wants them back
-        self.own_wanted = False             # whether the kernel now gives back own frames
-        self.state = self.logged = self.worst = BUS_WELL   # now, as logged, the worst since
+        self.receives_own = False           # whether the kernel now gives back own frames
+        self.state = self.logged_state = BUS_WELL
+        self.worst_state = BUS_WELL         # since the last tick
         # The interface went, or the controller gave up: own frames numbered below this are lost,
-        # unless they have come back and are still to be read. 0 once read() has forgotten them.
-        self.lost_before = 0
+        # except those whose confirmation is still in the receive buffer. 0: nothing to forget.
+        self.unconfirmed_before = 0
         self.bus_offs = self.warnings = 0   # since the daemon was started
-        self.overruns = 0                   # frames that the kernel or the controller dropped
+        self.dropped = 0                    # frames that the kernel or the controller dropped
+        self.kernel_drops = 0               # the kernel's running total for this socket
         self.errors = 0                     # error frames; without -d some stay in the kernel
-        self.dropped = 0                    # the kernel's running total for this socket
         self.unpack_time = TIMESTAMP[SO_TIMESTAMPNS_NEW].unpack
         self.open()
 
@@ -773,13 +805,13 @@ class Bus:
                 self.out = self.sock.dup()  # so that reading and writing are watched apart
         except (AttributeError, OSError) as error:      # or this Python knows no SocketCAN
             self.close()
-            self.set_away(getattr(error, "errno", errno.EAFNOSUPPORT))
+            self.set_unusable(getattr(error, "errno", errno.EAFNOSUPPORT))
             return
         self.sock.setblocking(False)
         self.out.setblocking(False)
-        self.own_wanted = self.virtual
-        self.dropped = 0
-        self.set_filters(self.filters, self.shared)
+        self.receives_own = self.virtual
+        self.kernel_drops = 0
+        self.set_filters(self.filters, self.has_others)
         self.check_interface()
 
     def set_options(self, sock: socket.socket) -> None:
@@ -787,10 +819,10 @@ class Bus:
         sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
         sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER,
                         EFF_MASK if log.debugging else STATUS_ERRORS)
-        # The smallest there is, a few frames: narrower than the transmit queue, so that poll
-        # can tell when there is room.
+        # The kernel raises this to its minimum, a few frames. That is less than the transmit queue
+        # holds, so poll reports room.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        # Of each pair, the first option that the kernel accepts. It works without either.
+        # Of each pair, the first option that the kernel accepts; without either it works, too.
         for options in (((SO_RCVBUFFORCE, RECEIVE_BUFFER), (socket.SO_RCVBUF, RECEIVE_BUFFER)),
                         ((SO_TIMESTAMPNS_NEW, 1), (SO_TIMESTAMPNS_OLD, 1))):
             for option, value in options:
@@ -818,17 +850,18 @@ class Bus:
         """
         if self.sock is not None:
             self.check_interface()
-        elif interface_exists(self.name):       # else each try makes the kernel look for a module
+        # Without this, every attempt makes the kernel try to load a module.
+        elif interface_exists(self.name):
             self.open()
-        worst, self.worst = self.worst, self.state
-        if worst.text != self.logged.text:
+        worst, self.worst_state = self.worst_state, self.state
+        if worst.text != self.logged_state.text:
             if worst is BUS_WELL:
-                log.info(f"{self.name}: the bus is back, was: {self.logged.text}")
+                log.info(f"{self.name}: the bus is back, was: {self.logged_state.text}")
             else:
-                where = "" if worst.status == AWAY else f"{self.name}: "
-                log.warning(where + trouble(worst))
-            self.logged = worst
-        self.want_own()
+                where = "" if worst.status == UNUSABLE else f"{self.name}: "
+                log.warning(where + state_text(worst))
+            self.logged_state = worst
+        self.receive_own()
 
     def check_interface(self) -> None:
         """Ask how the interface is doing: gone, down, without a carrier or well."""
@@ -842,31 +875,31 @@ class Bus:
         except OSError as error:
             self.close()
             self.own.forget(self.own.next_number)
-            self.set_away(error.errno)
+            self.set_unusable(error.errno)
             return
         if not flags & IFF_UP:
-            self.set_away(errno.ENETDOWN)
+            self.set_unusable(errno.ENETDOWN)
         elif not self.has_carrier():
             if self.state.status != BUS_OFF:
                 self.on_error_frame(ERR_BUSOFF, b"")
-        elif self.state.status == AWAY or (     # "bus off" ends once it has been logged
-                self.state.status == BUS_OFF and self.state.text == self.logged.text):
+        elif self.state.status == UNUSABLE or (     # leave "bus off" only after it has been logged
+                self.state.status == BUS_OFF and self.state.text == self.logged_state.text):
             self.set_state(BUS_WELL)
 
     def has_carrier(self) -> bool:
-        """Whether Linux gives frames to the controller; if not, it drops them in silence."""
+        """Whether Linux gives frames to the controller; if not, it drops them silently."""
         try:
             # The interface's flag IFF_RUNNING says the same, but up to a second later.
             with open(f"/sys/class/net/{self.name}/carrier", encoding="ascii") as file:
                 return file.read() != "0\n"
         except OSError as error:
-            return error.errno != errno.EINVAL      # it is down; else send says what is wrong
+            return error.errno != errno.EINVAL      # EINVAL: it is down; else send() tells
 
-    def set_away(self, code: "int | None") -> None:
-        """The interface cannot be used, for this errno: note it with the advice that helps."""
+    def set_unusable(self, code: "int | None") -> None:
+        """Note that the interface cannot be used, for this errno, and what helps."""
         name = self.name
         # ENODEV: there is none, or bind() says that it is not CAN. ENXIO: ours was removed.
-        foreign = code == errno.ENODEV and interface_exists(name)
+        not_can = code == errno.ENODEV and interface_exists(name)
         code = errno.ENODEV if code == errno.ENXIO else code or errno.EIO
         up = f"ip link set {name} up" + " type can bitrate 125000" * (name[:3] == "can")
         modprobe = "modprobe can_raw; on OpenWrt install kmod-can and kmod-can-raw"
@@ -875,30 +908,30 @@ class Bus:
             errno.EAFNOSUPPORT: ("no CAN support (Address family not supported)", modprobe),
             errno.EPROTONOSUPPORT: ("no raw CAN support (Protocol not supported)", modprobe),
         }.get(code, (f"interface {name}: {os.strerror(code)}", ""))
-        if foreign:
+        if not_can:
             text = f"{name} is not a CAN interface"
         elif code == errno.ENODEV and name[:4] == "vcan":
             advice = f"ip link add dev {name} type vcan && {up}"
         elif code == errno.ENODEV:
             advice = "plug in the adapter, load its driver (ip link and dmesg show what is there)"
-        self.set_state(BusState(AWAY, code, 0, text, advice))
+        self.set_state(BusState(UNUSABLE, code, 0, text, advice))
 
     def set_state(self, state: BusState) -> None:
         """Note how the bus is doing; check() logs it."""
         if state != self.state:
             self.state = state
-            if state.status >= self.worst.status:
-                self.worst = state
-            self.want_own()
+            if state.status >= self.worst_state.status:
+                self.worst_state = state
+            self.receive_own()
 
     # --- frames ---
 
-    def set_filters(self, filters: "list[tuple[int, int]]", shared: bool) -> None:
+    def set_filters(self, filters: "list[tuple[int, int]]", has_others: bool) -> None:
         """Have the kernel let only frames through that match a pair of value and mask.
 
-        `shared` says whether anybody wants to get what somebody else sent here.
+        `has_others`: a client must receive what another client sends.
         """
-        self.filters, self.shared = [(0, 0)] if log.debugging else filters, shared
+        self.filters, self.has_others = [(0, 0)] if log.debugging else filters, has_others
         if self.virtual or self.sock is None:
             return
         self.own.keep(self.passes)
@@ -906,23 +939,23 @@ class Bus:
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
                                  FILTER.pack(0, 0) if log.debugging else pack_filters(filters))
         except OSError:
-            self.lost_before = self.own.next_number     # the interface went; open() sets them
-        self.want_own()
+            self.unconfirmed_before = self.own.next_number      # it went; open() sets them
+        self.receive_own()
 
     def passes(self, can_id: int) -> bool:
         """Whether the kernel's filter lets a frame through."""
         return any(can_id & mask == value for value, mask in self.filters)
 
-    def want_own(self) -> None:
-        """Have the kernel give back own frames, or not: for a lone client they cost too much.
+    def receive_own(self) -> None:
+        """Have the kernel give back own frames if needed: for a lone client they cost too much.
 
         Measured: 10,000 pipelined SENDs take 2.0 s of CPU with them, 0.93 s without.
         """
-        wanted = (self.shared or bool(self.own.frames) or self.state is not BUS_WELL
+        needed = (self.has_others or bool(self.own.frames) or self.state is not BUS_WELL
                   or log.debugging)
-        if self.sock is not None and not self.virtual and wanted != self.own_wanted:
-            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, wanted)
-            self.own_wanted = wanted
+        if self.sock is not None and not self.virtual and needed != self.receives_own:
+            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, needed)
+            self.receives_own = needed
 
     def send(self, can_id: int, data: bytes, sender: "Client | Discovery") -> None:
         """Put a frame onto the bus.
@@ -931,9 +964,9 @@ class Bus:
         when the bus cannot take it.
         """
         if self.out is None:
-            raise VscpError(trouble(self.state))
+            raise VscpError(state_text(self.state))
         if self.state.status == BUS_OFF and not self.has_carrier():
-            raise NoRoom(trouble(self.state), TICK_S)
+            raise NoRoom(state_text(self.state), TICK_S)
         try:
             self.out.send(pack_frame(can_id, data))
         except OSError as error:
@@ -942,26 +975,26 @@ class Bus:
                              "or too much traffic",
                              NEVER if error.errno == errno.EAGAIN else SEND_RETRY_S) from None
             # The kernel reports once that the interface went; it may be up again: try once more.
-            if not self.lost_before:
-                self.lost_before = self.own.next_number
+            if not self.unconfirmed_before:
+                self.unconfirmed_before = self.own.next_number
                 self.send(can_id, data, sender)
                 return
-            self.set_away(error.errno)
-            raise VscpError(trouble(self.state)) from None
-        if self.virtual or self.own_wanted and self.passes(can_id):
+            self.set_unusable(error.errno)
+            raise VscpError(state_text(self.state)) from None
+        if self.virtual or self.receives_own and self.passes(can_id):
             self.own.add(can_id, data, sender)
 
     def read(self, limit: int) -> "tuple[list[Frame], bool]":
-        """What has come, oldest first, and whether that was all.
+        """The frames that have come, oldest first, and whether the socket is empty now.
 
-        Up to `limit` messages are read, error frames included. If the interface
-        went, that is noted once everything that came before has been read: the
-        kernel reports the error first.
+        Up to `limit` messages are read, error frames included. If the interface went,
+        the kernel reports that before the frames that it still holds: then they are read
+        to the end first.
         """
         frames: list[Frame] = []
         if self.sock is None:
             return frames, True
-        recvmsg, unpack_time, well = self.sock.recvmsg, self.unpack_time, self.state is BUS_WELL
+        recvmsg, unpack_time, is_well = self.sock.recvmsg, self.unpack_time, self.state is BUS_WELL
         empty = False
         for _ in range(limit):
             try:
@@ -970,32 +1003,32 @@ class Bus:
                 empty = True
                 break
             except OSError:
-                self.lost_before = self.own.next_number
+                self.unconfirmed_before = self.own.next_number
                 continue
             can_id, length, data = unpack_frame(raw)
             # The usual: an extended data frame of another node, on a bus that is well, with the
             # kernel's time of it.
-            if can_id >> 29 == EXTENDED and well and ancillary and not flags & MSG_CONFIRM:
+            if can_id >> 29 == EXTENDED and is_well and ancillary and not flags & MSG_CONFIRM:
                 seconds, nanoseconds = unpack_time(ancillary[0][2])
                 # A slice of all 8 bytes would take 3 us of the 120 that a frame takes.
                 frames.append((can_id & EFF_MASK, data if length == 8 else data[:length],
                                seconds, nanoseconds, None))
             else:
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
-                well = self.state is BUS_WELL
-        if self.lost_before:
+                is_well = self.state is BUS_WELL
+        if self.unconfirmed_before:
             if empty:
-                self.own.forget(self.lost_before)
-                self.lost_before = 0
+                self.own.forget(self.unconfirmed_before)
+                self.unconfirmed_before = 0
                 self.check_interface()
-            elif limit < FRAMES_IN_KERNEL:
-                rest, empty = self.read(FRAMES_IN_KERNEL)
-                frames += rest
+            elif limit < FRAMES_IN_KERNEL:      # so once more at most
+                others, empty = self.read(FRAMES_IN_KERNEL)
+                frames += others
         return frames, empty
 
     def on_unusual(self, can_id: int, data: bytes, ancillary: "list[tuple[int, int, bytes]]",
                    flags: int) -> "list[Frame]":
-        """All that read() does not handle itself; returns the frame if clients get it."""
+        """Handle what read() does not; returns the frame, in a list, if clients get it."""
         if ancillary:
             seconds, nanoseconds = self.unpack_time(ancillary[0][2])
         else:
@@ -1004,17 +1037,17 @@ class Bus:
             self.on_error_frame(can_id, data)
         if can_id >> 29 != EXTENDED:
             if log.debugging:
-                log.debug(foreign_row(self.name, can_id, data),
+                log.debug(not_vscp_row(self.name, can_id, data),
                           seconds * 1000000 + nanoseconds // 1000)
             return []
         confirmed = self.virtual or bool(flags & MSG_CONFIRM)
-        # A frame went over the bus, so somebody is there.
+        # A frame got through, so some node acknowledges again.
         over = ERR_ACK | (ERR_TX_TIMEOUT if confirmed else 0)
         if self.state.status == WARNING and self.state.code & over:
             self.set_state(BUS_WELL)
         can_id &= EFF_MASK
         sender = self.own.claim(can_id, data) if confirmed else None
-        if confirmed and sender is None:    # it was sent when there was nobody else to get it
+        if confirmed and sender is None:    # sent while no other client was connected
             return []
         return [(can_id, data, seconds, nanoseconds, sender)]
 
@@ -1023,7 +1056,7 @@ class Bus:
         self.errors += 1
         controller = data[1] if len(data) > 1 else 0
         if can_id & ERR_CRTL and controller & CRTL_RX_OVERFLOW:
-            self.overruns += 1
+            self.dropped += 1
         rows = [row for row in errors_in(can_id, data) if row[2] is not None]
         if not rows:
             return
@@ -1038,30 +1071,41 @@ class Bus:
         advice = "wiring, bit rate, other nodes"
         if status == BUS_OFF:
             advice = f"ip link set {self.name} down && ip link set {self.name} up"
-            self.lost_before = self.own.next_number     # the controller forgets what it had
+            self.unconfirmed_before = self.own.next_number     # the controller forgets what it had
         self.set_state(BusState(status, can_id & EFF_MASK, controller, text, advice))
 
     def count_drops(self) -> None:
-        """Ask the kernel how many frames its full buffer has dropped."""
+        """Ask the kernel how many frames it has dropped since its buffer was full."""
         if self.sock is None or self.virtual:
             return
         try:
             numbers = self.sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
         except OSError:
-            return          # Linux before 4.12 does not tell.
-        total = struct.unpack("=9I", numbers)[8] if len(numbers) == 36 else self.dropped
+            return          # Linux before 4.12 cannot tell
+        total = struct.unpack("=9I", numbers)[8] if len(numbers) == 36 else self.kernel_drops
         if self.filters:    # else these are error frames, as nothing else passes
-            self.overruns += total - self.dropped & 0xFFFFFFFF
-        self.dropped = total
+            self.dropped += total - self.kernel_drops & 0xFFFFFFFF
+        self.kernel_drops = total
 
 
 # =============================================================================
 # 7. Client
 # =============================================================================
-# A connection: who it is, what it sees, its events, and the bytes that come and
-# go. Never blocks: what the connection does not take now waits in `output`, and
-# as long as something waits there, no line is run. Its state follows from times:
-# it streams since `stream_at`, pauses until `resume_at`, leaves once `leave_by` is set.
+# A connection, from greeting to close. It never blocks, and only the commands write
+# into it from outside.
+#
+#     accepted   -- it is allowed, and a slot is free --> connected (greet)
+#                -- else --> leaving (refuse)
+#     connected  -- QUIT, end of input, SIGTERM, 5 wrong log-ins, no log-in --> leaving (leave)
+#     leaving    -- all output is sent --> shut down (shut_down)
+#     shut down  -- the peer closes, or LINGER_S pass --> closed (close)
+#     any        -- an error, a bug, a peer silent for PEER_GONE_S --> closed
+#
+# Its state follows from times: it streams since `stream_at`, is leaving once `leave_by`
+# is set. A line runs unless output waits to be sent, or `resume_at` has not come: a
+# SEND of this client waits for room on the bus, or a wrong log-in delays the answer. The
+# socket is read unless lines are left to run. Events go straight to the socket if the
+# client is in the receive loop and nothing waits before them, else into `fifo`.
 
 MAX_LINE = 512                  # characters in a command line; the C uvscpd has 320, too few for a
                                 # Level II event with a long datetime
@@ -1076,29 +1120,29 @@ READ_SIZE = 16384               # bytes
 LINGER_S = 5.0                  # to let a last reply arrive before closing
 PEER_GONE_S = 300               # a peer that has acknowledged nothing for so long is gone
 PEER_CHECK_S = 10
-COMPLAIN_S = 3600               # a client that loses events is logged once per hour
+COMPLAIN_S = 3600               # a client that misses events is logged once per hour
 # Of struct tcp_info (linux/tcp.h)
 TCP_ESTABLISHED = 1             # its first byte; not once the peer has closed
 LAST_ACK_RECEIVED = 56          # the offset of a number of milliseconds
 
 
-def split_lines(rest: str, data: bytes) -> "tuple[list[str | VscpError], str]":
-    """The command lines that end in `data`, and the new rest; `rest` is what came before.
+def split_lines(partial: str, data: bytes) -> "tuple[list[str | VscpError], str]":
+    """The command lines that end in `data`, and the new partial line after them.
 
-    CR, other control characters and bytes over 0x7E are dropped. A line of more
-    than MAX_LINE characters becomes an error, the rest holds no more than that.
+    `partial` is what came before. CR, other control characters and bytes over 0x7E
+    are dropped. A line of more than MAX_LINE characters becomes an error.
 
     >>> split_lines("no", b"op\\r\\nqu")
     (['noop'], 'qu')
     """
-    *lines, rest = (rest + data.translate(None, NOT_TEXT).decode("ascii")).split("\n")
-    # One character more than allowed is enough to remember that there were too many.
+    *lines, partial = (partial + data.translate(None, NOT_TEXT).decode("ascii")).split("\n")
+    # One character too many is kept, so the line is still known to be too long.
     return [line if len(line) <= MAX_LINE else VscpError("line length exceeded")
-            for line in lines], rest[:MAX_LINE + 1]
+            for line in lines], partial[:MAX_LINE + 1]
 
 
 def hide_password(line: str) -> str:
-    """The line as it may be shown: nothing behind PASS, nor where it is typed by mistake."""
+    """The line as it may be shown: nothing after PASS, nor where it is typed by mistake."""
     return re.sub(r"(?i)^(\s*(?:pass|help\s+pass|user\s+\S+\s|\+)).+", r"\1 ***", line)
 
 
@@ -1113,37 +1157,33 @@ class Client:
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.channel_id = channel_id
         self.guid = client_guid(daemon.options.guid, channel_id)
-        self.started = utc_text(int(time.time()))
-        self.filter = self.mask = FILTER_ALL
-        # That which event lines show: with ids the CAN interface's, which has the id 0.
-        self.interface_guid = client_guid(daemon.options.guid, 0)
-        self.view = make_view(self.filter, self.mask, self.interface_guid)
-        # What it may do
-        self.user: User = daemon.guest          # until it has logged in
+        # Access
+        self.user: User = daemon.logins.guest   # until it has logged in
         self.given_name = ""                    # USER's, for the PASS that follows
-        self.failures = 0                       # how often that was wrong
-        # Its events: lines, and what STAT counts
-        self.fifo: deque[str] = deque(maxlen=daemon.options.buffer)
-        self.lost = 0
-        self.overruns_before = daemon.bus.overruns
+        self.failures = 0                       # wrong log-ins
+        # Events and STAT
+        self.filter = self.mask = FILTER_ALL
+        self.view = make_view(self.filter, self.mask, self.interface_guid)
+        self.fifo: deque[str] = deque(maxlen=daemon.options.buffer)     # lines to be fetched
+        self.missed = 0                         # events that `fifo` has dropped
+        self.dropped_before = daemon.bus.dropped
         self.rx_frames = self.rx_bytes = self.tx_frames = self.tx_bytes = 0
-        # Its bytes
-        self.rest = ""                          # of a line that has come in part
+        # Input and output
+        self.partial = ""                       # a line that has not come whole
         self.lines: deque[str | VscpError] = deque()    # commands to run, errors to answer
-        self.previous = ""                      # the line that `+` runs again
+        self.last_line = ""                     # what `+` runs again
         self.output = bytearray()               # what the connection has not taken yet
         self.segment = max(536, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG))
-        self.ended = False                      # the peer sends no more
-        self.deaf = False                       # the peer takes no more
-        self.closed = False
-        # Its times
-        self.stream_at = NEVER                  # events are sent as they come, from then on
+        self.peer_closed_writing = False        # it sends no more
+        self.peer_closed_reading = False        # it takes no more
+        # Deadlines
+        self.connected_at = NEVER               # when it was let in; NEVER if it was refused
+        self.stream_at = NEVER                  # from then on events are sent as they come
         self.sign_at = NEVER                    # the next sign of life is due
         self.resume_at = 0.0                    # no line runs before; NEVER: a SEND waits for room
+        self.login_by = NEVER                   # sent away if it may do nothing until then
         self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
-        self.login_by = NEVER                  # sent away if it may do nothing until then
-        self.complain_at = 0.0                  # no warning about lost events before
-        self.connected_at = NEVER               # not if it is refused
+        self.complain_at = 0.0                  # no warning about missed events before
         self.check_peer_at = daemon.now + PEER_CHECK_S  # is the peer still there?
 
     @property
@@ -1155,6 +1195,20 @@ class Client:
     def short_name(self) -> str:
         """For the event lines of -d: the user, or the port."""
         return str(self.user.name) or ":" + self.address.rpartition(":")[2]
+
+    @property
+    def started(self) -> str:
+        """When it was let in, in UTC."""
+        return utc_text(int(time.time() - (self.daemon.now - self.connected_at)))
+
+    @property
+    def interface_guid(self) -> bytes:
+        """The GUID that event lines show: with ids the CAN interface's, which has the id 0."""
+        return client_guid(self.daemon.options.guid, 0) if self.channel_id else self.guid
+
+    @property
+    def closed(self) -> bool:
+        return self.sock.fileno() < 0
 
     # --- how it begins ---
 
@@ -1168,7 +1222,7 @@ class Client:
         self.write(f"uvscpd.py {__version__} - micro VSCP daemon\r\n"
                    "VSCP events between TCP clients and a CAN bus; HELP lists the commands.\r\n"
                    + ok(text=f"waiting for {bus.name}: {os.strerror(bus.state.code)}"
-                        if bus.state.status == AWAY else f"Success, connected to {bus.name}"))
+                        if bus.state.status == UNUSABLE else f"Success, connected to {bus.name}"))
 
     def refuse(self, reason: str) -> None:
         """Say why it may not connect, and let it go."""
@@ -1187,7 +1241,7 @@ class Client:
     def turn(self) -> None:
         """Run some of the lines that have come, send what the connection takes.
 
-        Whatever goes wrong costs no other client anything.
+        An error here closes this client and no other.
         """
         if self.closed:
             return
@@ -1198,8 +1252,8 @@ class Client:
                 self.run_lines()
                 if self.output:
                     self.flush()
-            # Events come last: on a bus that is faster than the peer there is always one more,
-            # and its commands would never run.
+            # Events come last: if they arrive faster than the peer reads, there is always another
+            # one, and its commands would never run.
             while self.fifo and not self.output and self.stream_at <= self.daemon.now:
                 some = min(LINES_PER_WRITE, len(self.fifo))
                 self.write("".join([self.fifo.popleft() for _ in range(some)]))
@@ -1222,8 +1276,9 @@ class Client:
             # (else it would be taken for the reply that is due)
             self.sign_at = now + SIGN_OF_LIFE_S
             if not self.output:
-                self.write(ok())
-        self.turn()     # sends, too: epoll reports room only when a third of the buffer is free
+                self.write(OK)
+        # turn() also sends: epoll reports room only when a third of the send buffer is free.
+        self.turn()
         if self.login_by <= now and self.resume_at <= now and not self.closed:
             self.write(refusal(f"nobody logged in within {LOGIN_S:.0f} s"))
             self.leave()
@@ -1232,7 +1287,7 @@ class Client:
             self.close()
         if self.check_peer_at <= now and not self.closed:
             self.check_peer_at = now + PEER_CHECK_S
-            # A peer that is there acknowledges, if only a probe, however slowly it reads.
+            # A live peer acknowledges at least the keep-alive probes, even if it reads nothing.
             if struct.unpack_from("=I", self.tcp_info(), LAST_ACK_RECEIVED)[0] > PEER_GONE_S * 1000:
                 self.close("the peer is gone")
         for when in (self.stream_at, self.sign_at, self.resume_at, self.login_by, self.leave_by):
@@ -1243,19 +1298,32 @@ class Client:
         """The first bytes of struct tcp_info (linux/tcp.h)."""
         return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
 
-    # --- reading and commands ---
+    def watch(self) -> None:
+        """Have the selector watch for what this client can use now."""
+        events, paused = 0, self.resume_at > self.daemon.now
+        if self.output or self.lines and not paused:
+            events = WRITE
+        if not self.lines and not paused and not self.peer_closed_writing:
+            events |= READ
+        try:
+            self.daemon.selector.watch(self.sock, events, self.on_ready)
+        except OSError as error:            # too much is watched already
+            self.close(error.strerror or str(error))
+
+    # --- commands: from the socket to their replies ---
 
     def read(self) -> None:
+        """Take in what has come."""
         try:
             data = self.sock.recv(READ_SIZE)
         except BlockingIOError:
             return
         except OSError:             # it was reset, perhaps in the middle of a line
-            data, self.rest = b"", ""
-        self.ended = not data
+            data, self.partial = b"", ""
+        self.peer_closed_writing = not data
         if self.leave_by == NEVER:
             # At the end of the input a last line counts without a line end.
-            lines, self.rest = split_lines(self.rest, data or b"\n" * bool(self.rest))
+            lines, self.partial = split_lines(self.partial, data or b"\n" * bool(self.partial))
             self.lines.extend(lines)
 
     def run_lines(self) -> None:
@@ -1266,35 +1334,24 @@ class Client:
             line = self.lines.popleft()
             stream_at = self.stream_at
             try:
-                reply = run_command(self, line) if isinstance(line, str) else self.answer(line)
+                reply = run_command(self, line) if isinstance(line, str) else self.refuse_line(line)
             except Later as later:
                 self.lines.appendleft(line)
                 self.pause(later.at)
                 break
             if log.debugging and isinstance(line, str):
                 log.debug(f"{self.name} > {hide_password(line)}")
-            if self.stream_at != stream_at:     # the receive loop's replies are writes of their own
+            if self.stream_at != stream_at:
+                # Replies to RCVLOOP and QUITLOOP go out in a write of their own.
                 self.flush()
                 self.reply(reply)
                 self.flush()
             else:
                 self.reply(reply)
-        if self.ended and not self.lines and self.resume_at <= self.daemon.now:
+        if self.peer_closed_writing and not self.lines and self.resume_at <= self.daemon.now:
             self.leave()
 
-    def on_sent(self, data: bytes) -> None:
-        """The bus has taken a frame with this data."""
-        self.tx_frames += 1
-        self.tx_bytes += 4 + len(data)      # on CAN the id has 4 bytes
-
-    def resume(self, reply: str) -> None:
-        """Answer the SEND that has waited for room, and go on."""
-        if not self.closed:
-            self.resume_at = 0.0
-            self.reply(reply)
-            self.turn()
-
-    def answer(self, error: VscpError) -> str:
+    def refuse_line(self, error: VscpError) -> str:
         """The reply to a line that is known to be wrong; the end after too many wrong log-ins."""
         if self.failures < MAX_WRONG_LOGINS:
             return refusal(error)
@@ -1306,44 +1363,62 @@ class Client:
         self.resume_at = until
         self.daemon.soon(until)
 
+    def resume(self, reply: str) -> None:
+        """Answer the SEND that has waited for room, and go on."""
+        if not self.closed:
+            self.resume_at = 0.0
+            self.reply(reply)
+            self.turn()
+
+    def on_sent(self, length: int) -> None:
+        """The bus has taken a frame of this client with so many data bytes."""
+        self.tx_frames += 1
+        self.tx_bytes += 4 + length         # on CAN the id has 4 bytes
+
+    def set_view(self) -> None:
+        """Make a changed GUID, filter or mask count from the next event on."""
+        self.daemon.read_all()      # the old filter still applies to frames already in the kernel
+        self.view = make_view(self.filter, self.mask, self.interface_guid)
+        self.daemon.set_views()
+
     # --- who it is ---
 
     def login(self, user: User) -> None:
         """From now on it is this user, or again the guest."""
         if user is self.user:       # a name without a password changes nothing
             return
-        if log.debugging:           # what it has sent until now is shown by the name until now
-            self.daemon.drain()
+        if log.debugging:           # show what it has sent so far under its old name
+            self.daemon.read_all()
         self.user = user
-        may_stay = user is not self.daemon.guest or user.privilege > 0
+        may_stay = user is not self.daemon.logins.guest or user.privilege > 0
         self.login_by = NEVER if may_stay else self.daemon.now + LOGIN_S
         if user.privilege < COMMANDS["rcvloop"].privilege:
-            self.stream_at = self.sign_at = NEVER
-
-    def has_ended(self) -> bool:
-        """Whether the peer sends no more, even if not all has been read."""
-        return self.tcp_info()[0] != TCP_ESTABLISHED
+            self.stop_streaming()
 
     def on_wrong_login(self, error: VscpError) -> None:
-        """Answer late; whoever tries again from that address has to wait, too."""
+        """Answer late, and let others from this address try first."""
         log.warning(f"{self.address}: {error}")
-        self.login(self.daemon.guest)
-        self.daemon.suspect(self)
+        self.login(self.daemon.logins.guest)
         self.failures += 1
         self.lines.appendleft(error)
         self.pause(self.daemon.now + WRONG_LOGIN_S)
+        self.daemon.serve_last(self)
 
-    # --- events and writing ---
+    def peer_has_closed(self) -> bool:
+        """Whether the peer sends no more, even if not all has been read."""
+        return self.tcp_info()[0] != TCP_ESTABLISHED
+
+    # --- events, and output of all kinds ---
 
     def put(self, lines: "list[str]", block: bytes, size: int) -> None:
         """Send event lines, also given as one block with its size on CAN, or buffer them."""
         self.rx_frames += len(lines)
         self.rx_bytes += size
         if self.fifo or self.output or self.stream_at > self.daemon.now:
-            lost = len(self.fifo) + len(lines) - (self.fifo.maxlen or 0)
+            missed = len(self.fifo) + len(lines) - (self.fifo.maxlen or 0)
             self.fifo.extend(lines)
-            if lost > 0:
-                self.on_lost(lost)
+            if missed > 0:
+                self.on_missed(missed)
             return
         if len(block) <= self.segment:      # nearly always: without a copy
             try:
@@ -1353,19 +1428,23 @@ class Client:
                 block = block[sent:]
             except OSError:
                 pass                        # flush() finds out
-        if not self.deaf:
+        if not self.peer_closed_reading:
             self.output += block
             self.flush()
             self.watch()
 
-    def on_lost(self, count: int) -> None:
+    def on_missed(self, count: int) -> None:
         """Its buffer has dropped so many events."""
-        self.lost += count
-        self.daemon.lost += count
+        self.missed += count
+        self.daemon.on_missed(count)
         if self.complain_at <= self.daemon.now:
             self.complain_at = self.daemon.now + COMPLAIN_S
             log.warning(f"{self.name}: loses events, it does not fetch them and its buffer of "
                         f"{counted(len(self.fifo), 'event')} is full")
+
+    def stop_streaming(self) -> None:
+        """Leave the receive loop: events are buffered again."""
+        self.stream_at = self.sign_at = NEVER
 
     def reply(self, text: str) -> None:
         """Answer a command: have the text sent by the next flush, and shown by -d."""
@@ -1376,7 +1455,7 @@ class Client:
 
     def write(self, text: str) -> None:
         """Have text sent by the next flush."""
-        if not self.deaf:
+        if not self.peer_closed_reading:
             self.output += text.encode("ascii")
 
     def flush(self) -> None:
@@ -1393,7 +1472,7 @@ class Client:
                 break
             except OSError:
                 # It is gone, or reads no more; the commands that it has sent are run all the same.
-                self.deaf = True
+                self.peer_closed_reading = True
                 self.output.clear()
                 break
             del self.output[:sent]
@@ -1402,35 +1481,14 @@ class Client:
             if sent < size:
                 break
 
-    def watch(self) -> None:
-        """Have the selector watch for what this client can use now."""
-        interest, waits = 0, self.resume_at > self.daemon.now
-        if self.output or self.lines and not waits:
-            interest = WRITE
-        if not self.lines and not waits and not self.ended:
-            interest |= READ
-        try:
-            self.daemon.watch(self.sock, interest, self.on_ready)
-        except OSError as error:            # too much is watched already
-            self.close(error.strerror or str(error))
-
-    # --- filters ---
-
-    def set_view(self) -> None:
-        """Make a changed GUID, filter or mask count from the next event on."""
-        self.daemon.drain()                 # what the kernel holds still counts by the old filter
-        if not self.channel_id:
-            self.interface_guid = self.guid
-        self.view = make_view(self.filter, self.mask, self.interface_guid)
-        self.daemon.set_views()
-
-    # --- the end ---
+    # --- how it ends ---
 
     def leave(self) -> None:
-        """Close once the last reply has arrived: closing at once could reset it away."""
+        """Close once the last reply has arrived: closing at once could make TCP discard it."""
         if self.leave_by == NEVER:
             self.leave_by = self.leave_time()
-            self.stream_at = self.sign_at = self.login_by = NEVER
+            self.login_by = NEVER
+            self.stop_streaming()
             self.lines.clear()
             self.fifo.clear()
             self.daemon.on_leaving(self)
@@ -1439,48 +1497,52 @@ class Client:
         """Until when to wait for a peer that has been told to go."""
         return self.daemon.now + (PEER_GONE_S if self.output else LINGER_S)
 
-    def close(self, reason: str = "") -> None:
-        """Close the connection, at once, and log how it was."""
-        if self.closed:
-            return
-        self.closed = True
-        self.daemon.watch(self.sock, 0, self.on_ready)
-        self.sock.close()
-        self.fifo.clear()           # a frame under way may keep the client for long
-        self.lines.clear()
-        self.output.clear()
-        self.daemon.on_closed(self)
-        if self.connected_at < NEVER:
-            log.info(f"{self.name}: disconnected after "
-                     f"{duration_text(self.daemon.now - self.connected_at)}: "
-                     f"{counted(self.rx_frames, 'event')}, {self.lost} lost, "
-                     f"{self.tx_frames} sent" + (f"; {reason}" if reason else ""))
-
     def shut_down(self) -> None:
         """Tell the peer that nothing follows; read() takes in what it still sends."""
-        if self.ended or self.deaf:
+        if self.peer_closed_writing or self.peer_closed_reading:
             self.close()
             return
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            self.deaf = True                # the connection is gone; read() notices the end
+            self.peer_closed_reading = True     # the connection is gone; read() notices the end
+
+    def close(self, reason: str = "") -> None:
+        """Close the connection, at once, and log how it was."""
+        if self.closed:
+            return
+        self.daemon.selector.forget(self.sock)
+        self.sock.close()
+        for waiting in (self.fifo, self.lines, self.output):
+            waiting.clear()         # the client may live on as the sender of a frame under way
+        self.daemon.on_closed(self)
+        if self.connected_at < NEVER:
+            log.info(f"{self.name}: disconnected after "
+                     f"{duration_text(self.daemon.now - self.connected_at)}: "
+                     f"{counted(self.rx_frames, 'event')}, {self.missed} lost, "
+                     f"{self.tx_frames} sent" + (f"; {reason}" if reason else ""))
 
 
 # =============================================================================
 # 8. Commands
 # =============================================================================
-# All that is known about a command stands in one place: its row above its
-# function. A function takes the client and the command's arguments, and returns
-# the whole reply or raises VscpError. HELP lists the rows in this order.
+# To add a command, write a function with its row above it (and a line in README's table):
+# the names, the privilege, the arguments as HELP shows them, and what it does. HELP
+# lists the rows in this order. The function takes the client and the arguments, and
+# returns the whole reply or raises VscpError; "" is a reply that comes later. How many
+# arguments it may get follows from its signature; `*arguments` is any number. A comma
+# in the row's arguments means that they are one list: spaces after its commas are allowed.
 
 CAPABILITIES = 1 << 15 | 1 << 5 | 1 << 3    # WCYD: TCP server, IPv4, several connections
 CAPABILITY_IPV6 = 1 << 6
 
 
+OK = "+OK\r\n"                  # the reply without data, and the sign of life
+
+
 def ok(*lines: str, text: str = "") -> str:
     """A good reply: data lines, then the final `+OK` line."""
-    final = f"+OK - {text}\r\n" if text else "+OK\r\n"
+    final = f"+OK - {text}\r\n" if text else OK
     return "\r\n".join((*lines, final)) if lines else final
 
 
@@ -1497,6 +1559,7 @@ class Command:
         self.names = names.split()      # the command and its aliases
         self.privilege = privilege      # 0-15, what a client must have
         self.usage = usage              # its arguments, as HELP shows them
+        self.takes_list = "," in usage  # of fields with commas between them
         self.summary = summary
         self.handler = handler
         code = handler.__code__
@@ -1543,15 +1606,15 @@ def run_command(client: Client, line: str) -> str:
         if not name:
             raise VscpError("no input")
         if name != "+":
-            client.previous = line
+            client.last_line = line
         row = find_command(name)
         if client.user.privilege < row.privilege:
             raise VscpError("Need to log in to perform this command.")
-        if len(arguments) > row.most and "," in row.usage:      # people type spaces behind commas
+        if len(arguments) > row.most and row.takes_list:
             arguments = re.sub(", +", ",", " ".join(arguments)).split()
         if not row.least <= len(arguments) <= row.most:
             raise VscpError("wrong number of arguments"
-                            + f", expected {row.usage}" * ("," in row.usage))
+                            + f", expected {row.usage}" * row.takes_list)
         reply: str = row.handler(client, *arguments)
         return reply
     except VscpError as error:
@@ -1573,47 +1636,47 @@ def do_quit(client: Client) -> str:
 
 @command("+", 0, "", "run the previous command again")
 def do_repeat(client: Client) -> str:
-    if not client.previous:
+    if not client.last_line:
         raise VscpError("no input")
-    return run_command(client, client.previous)
+    return run_command(client, client.last_line)
 
 
 @command("user", 0, "[NAME]", "user name, to log in")
 def do_user(client: Client, name: str = "") -> str:
-    options = client.daemon.options
-    if not options.users or "" in options.users:
+    logins = client.daemon.logins
+    if not logins.users or "" in logins.users:
         return ok(text="no user configured")
     if not name:
         raise VscpError("please supply username")
-    client.login(client.daemon.guest)
+    client.login(logins.guest)
     client.given_name = name
-    return check_login(client, name, "") if options.name_is_enough else ok()
+    return ok() if logins.password_needed else check_login(client, name, "")
 
 
 @command("pass", 0, "[PASSWORD]", "password, to log in")
 def do_pass(client: Client, password: str = "") -> str:
-    users = client.daemon.options.users
-    if not users or client.daemon.options.name_is_enough:
+    logins = client.daemon.logins
+    if not logins.users or not logins.password_needed:
         return ok(text="no password configured")
     if not password:
         raise VscpError("please supply password")
-    if not client.given_name and "" not in users:
+    if not client.given_name and "" not in logins.users:
         raise VscpError("please give the user name first")
-    return check_login(client, "" if "" in users else client.given_name, password)
+    return check_login(client, "" if "" in logins.users else client.given_name, password)
 
 
 def check_login(client: Client, name: str, password: str) -> str:
     """Check name, password and address together; wrong ones are answered late.
 
-    Raises Later as long as a wrong log-in from the same address makes it wait.
+    Raises Later as long as a wrong log-in from the same place makes it wait.
     """
-    options = client.daemon.options
-    wait_until = client.daemon.suspects.get(network_of(client.host), 0.0)
-    if wait_until > client.daemon.now:
-        if client.has_ended():          # or guesses that nobody waits for would hold up the others
-            raise VscpError("a wrong log-in came from this address just before, try again")
-        raise Later(wait_until)
-    user = find_user(options.users, name, password, client.host)
+    try:
+        user = client.daemon.logins.check(name, password, client.host, client.daemon.now)
+    except Later:
+        if client.peer_has_closed():    # or guesses that nobody waits for would hold up the others
+            raise VscpError(
+                "a wrong log-in came from this address just before, try again") from None
+        raise
     if user is None:
         client.on_wrong_login(VscpError("invalid username or password"))
         return ""
@@ -1650,7 +1713,8 @@ def do_interface(client: Client, action: str = "list", *more: str) -> str:
     # Number, type, GUID, name. The types are the VSCP daemon's: 2 a Level I driver, 4 a client.
     daemon = client.daemon
     lines = [f"0,2,{format_guid(client.interface_guid)},{daemon.bus.name}|Started {daemon.started}"]
-    known = client.user is not daemon.guest or client.user.privilege > 0    # it learns addresses
+    guest = daemon.logins.guest
+    known = client.user is not guest or client.user.privilege > 0       # it may learn addresses
     for each in sorted(daemon.clients, key=lambda each: each.channel_id):
         if each.channel_id and (known or each is client):
             lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
@@ -1662,29 +1726,29 @@ def do_interface(client: Client, action: str = "list", *more: str) -> str:
 
 @command("cdta chdata chkdata checkdata", 1, "", "number of buffered events")
 def do_cdta(client: Client) -> str:
-    client.daemon.drain()
+    client.daemon.read_all()
     return ok(f"{len(client.fifo)} ")
 
 
 @command("clra clrall clearall", 1, "", "forget the buffered events")
 def do_clra(client: Client) -> str:
-    client.daemon.drain()
+    client.daemon.read_all()
     client.fifo.clear()
     return ok(text="All events cleared.")
 
 
 @command("stat", 1, "", "busoff,buswarnings,overruns,rxbytes,rxframes,txbytes,txframes")
 def do_stat(client: Client) -> str:
-    client.daemon.drain()
+    client.daemon.read_all()
     bus = client.daemon.bus
-    overruns = client.lost + bus.overruns - client.overruns_before
+    overruns = client.missed + bus.dropped - client.dropped_before
     return ok(f"{bus.bus_offs},{bus.warnings},{overruns},{client.rx_bytes},{client.rx_frames},"
               f"{client.tx_bytes},{client.tx_frames}")
 
 
 @command("info", 1, "", 'state of the bus: status,code,subcode,"text"')
 def do_info(client: Client) -> str:
-    client.daemon.drain()
+    client.daemon.read_all()
     state = client.daemon.bus.state
     return ok(f'{state.status},{state.code},{state.subcode},"{state.text}"')
 
@@ -1704,14 +1768,14 @@ def do_ggid(client: Client) -> str:
 @command("retr retrieve", 2, "[N]", "up to N buffered events, or one; all if N is negative")
 def do_retr(client: Client, count: str = "1") -> str:
     everything = bool(re.fullmatch("-[0-9]+", count))
-    wanted = 0 if everything else parse_number(count, sys.maxsize, "the count")
+    asked = 0 if everything else parse_number(count, sys.maxsize, "the count")
     if client.stream_at < NEVER:
         return ok()
-    client.daemon.drain()
+    client.daemon.read_all()
     if everything:
-        wanted = len(client.fifo)
-    lines = [client.fifo.popleft() for _ in range(min(wanted, len(client.fifo)))]
-    final = ok() if len(lines) == wanted else refusal("No event(s) available")
+        asked = len(client.fifo)
+    lines = [client.fifo.popleft() for _ in range(min(asked, len(client.fifo)))]
+    final = ok() if len(lines) == asked else refusal("No event(s) available")
     return "".join(lines) + final
 
 
@@ -1726,7 +1790,7 @@ def do_rcvloop(client: Client) -> str:
 
 @command("quitloop", 2, "", "end the receive loop")
 def do_quitloop(client: Client) -> str:
-    client.stream_at = client.sign_at = NEVER
+    client.stop_streaming()
     return ok()
 
 
@@ -1734,7 +1798,10 @@ def do_quitloop(client: Client) -> str:
 
 @command("send", 4, "head,class,type,obid,datetime,timestamp,GUID,data...", "send an event")
 def do_send(client: Client, text: str) -> str:
-    return client.daemon.send(client, *parse_event(text, client.guid, client.interface_guid))
+    can_id, data, interface = parse_event(text)
+    if interface and interface[:14] not in (client.guid[:14], client.interface_guid[:14]):
+        raise VscpError("no interface with this GUID here")
+    return client.daemon.queue.send(client, can_id, data)
 
 
 @command("sgid setguid", 6, "GUID", "set the GUID of this client")
@@ -1776,33 +1843,474 @@ def do_unsupported(_client: Client, *_arguments: str) -> str:
 # =============================================================================
 # 9. Daemon
 # =============================================================================
-# The loop: waits for sockets and times, hands frames to the clients. Whatever has
-# a time is looked at by one tick, twice a second, or sooner when somebody asks;
-# only frames that gather and SENDs that wait have times of their own.
+# The loop joins bus and clients. Each turn begins with reading the clock (`now`) and then
+# calls what is ready and what is due.
+#
+# How the bus is read (BusReader):
+#     after a sleep               one frame: most come alone, and a second call, only to find
+#                                 the socket empty, costs as much again
+#     readable again at once      until it is empty
+#     8 frames within 20 ms,      the bus is not watched; every 5 ms, what has come. A wake-up
+#     no SEND for 20 ms           costs more than handling a frame
+# and until it is empty before a command that counts or clears events, before a filter
+# changes, and twice a second.
+#
+# What waits (SendQueue, and times):
+#     a SEND, for room on the bus        until poll reports it or for 10 ms; refused after 1 s
+#                                        in which the bus took nothing
+#     a sign of life, a late answer,     for tick(), which looks at everything that has a time,
+#     a close, a check of the bus        twice a second or sooner (soon)
 
-TICK_S = 0.5                    # how often everything that has a time is looked at
+TICK_S = 0.5
 FRAMES_PER_TURN = 500           # read from the bus before clients are served again
-AT_ONCE_S = 0.001               # the bus is readable again this soon: read until it is empty
-BUSY_FRAMES, BUSY_S = 8, 0.02   # that many frames in that time are load: frames gather ...
-GATHER_S = 0.005                # ... for so long, ...
-QUIET_S = 0.02                  # ... but not this soon after a SEND: somebody waits for an answer
+AT_ONCE_S = 0.001               # "again at once"
+BUSY_FRAMES, BUSY_S = 8, 0.02   # so many frames within this time: the bus is busy, ...
+GATHER_S = 0.005                # ... and is read this often, ...
+QUIET_S = 0.02                  # ... but not this soon after a SEND: its client waits for an answer
 SEND_WAIT_S = 1.0               # SENDs give up when the bus has taken no frame for so long
 STOPPING_S = 0.5                # for last replies when the daemon ends
 MAX_LEAVING = 100               # connections that linger at the same time
-STATUS_S = 10                   # how often systemd gets new numbers
+
+
+class Selector:
+    """Waits for sockets; knows what each is watched for, and what is called then."""
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.select = self.selector.select
+        self.watched: dict[socket.socket, int] = {}     # what for; asking the selector is slow
+
+    def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
+        """Change what a socket is watched for; 0 is nothing."""
+        before = self.watched.get(sock, 0)
+        if events == before:
+            return
+        if not events:
+            self.forget(sock)
+            return
+        self.watched.pop(sock, None)        # if this raises, the selector watches nothing for us
+        change = self.selector.modify if before else self.selector.register
+        change(sock, events, action)
+        self.watched[sock] = events
+
+    def forget(self, sock: socket.socket) -> None:
+        """Watch a socket no more; due before it is closed."""
+        if self.watched.pop(sock, 0):
+            self.selector.unregister(sock)
+
+    def close(self) -> None:
+        self.selector.close()
+
+
+class BusReader:
+    """Decides when the bus is read, and how much at once; has the daemon hand it out."""
+
+    def __init__(self, daemon: "Daemon") -> None:
+        self.daemon = daemon
+        self.read_at = 0.0                  # when the bus had been read
+        self.gather_at = NEVER              # under load: the bus is not watched until then
+        self.busy_until = 0.0               # the end of a time ...
+        self.busy_frames = 0                # ... in which so many frames came
+
+    def watch(self) -> None:
+        """Have the selector watch the bus for frames, unless they gather."""
+        if self.daemon.bus.sock:
+            self.daemon.selector.watch(self.daemon.bus.sock, READ * (self.gather_at == NEVER),
+                                       self.on_readable)
+
+    def read(self, limit: int) -> "tuple[int, bool]":
+        """Read up to so many messages and hand the frames out.
+
+        Returns the number of frames, and whether the socket is empty.
+        """
+        frames, empty = self.daemon.bus.read(limit)
+        if frames:
+            self.daemon.hand_out(frames)
+        return len(frames), empty
+
+    def on_readable(self, _mask: int) -> None:
+        """There is something to read on the bus."""
+        now = self.daemon.now
+        slept = now - self.read_at > AT_ONCE_S
+        count, _ = self.read(1 if slept else FRAMES_PER_TURN)
+        self.read_at = time.monotonic()
+        if self.busy_until < now:
+            self.busy_until, self.busy_frames = now + BUSY_S, 0
+        self.busy_frames += count
+        if self.busy_frames >= BUSY_FRAMES and self.may_gather():
+            self.gather_at = now + GATHER_S
+            self.watch()
+
+    def may_gather(self) -> bool:
+        """Whether no client waits for the answer to a SEND."""
+        return self.daemon.queue.sent_at + QUIET_S < self.daemon.now
+
+    def read_gathered(self) -> None:
+        """Under load: take what has come by now, and again later, as long as that is much.
+
+        Measured: at 1,000 frames/s, gathering takes half of the CPU time that waking up
+        for each one takes.
+        """
+        count, empty = self.read(FRAMES_PER_TURN)
+        if count > 1 and self.may_gather():
+            self.gather_at = time.monotonic() + GATHER_S if empty else self.daemon.now
+        else:
+            self.gather_at = NEVER
+            self.watch()
+
+    def stop_gathering(self) -> None:
+        """A client waits for an answer: read the bus in this turn."""
+        if self.gather_at < NEVER:
+            self.gather_at = self.daemon.now
+
+    def read_all(self) -> None:
+        """Hand out all that the kernel holds, and count what it dropped."""
+        for _ in range(FRAMES_IN_KERNEL // FRAMES_PER_TURN):
+            _, empty = self.read(FRAMES_PER_TURN)
+            if empty:
+                break
+        self.daemon.bus.count_drops()
+
+
+class SendQueue:
+    """Takes the clients' SENDs to the bus; those that find no room wait here as frames.
+
+    A client has at most one here, as none of its lines runs meanwhile. The first one
+    stays the first until it has been sent, and they give up together: when the bus has
+    taken no frame for a second.
+    """
+
+    def __init__(self, daemon: "Daemon") -> None:
+        self.daemon = daemon
+        self.waiting: dict[Client, tuple[int, bytes]] = {}      # CAN id and data, in order
+        self.no_room_text = ""              # why they wait
+        self.retry_at = NEVER               # by then, or when poll reports room
+        self.give_up_at = NEVER             # if the bus takes nothing until then
+        self.sent_at = 0.0                  # the last SEND
+
+    def send(self, client: Client, can_id: int, data: bytes) -> str:
+        """Send a frame; returns the reply, or "" if it waits: then the client is answered later.
+
+        Raises VscpError when the bus cannot take it.
+        """
+        self.sent_at = self.daemon.now
+        self.daemon.reader.stop_gathering()
+        if not self.waiting and self.has_sent(client, can_id, data):
+            return OK
+        self.waiting[client] = can_id, data
+        client.pause(NEVER)
+        self.watch()
+        return ""
+
+    def has_sent(self, client: Client, can_id: int, data: bytes) -> bool:
+        """Give a frame to the bus; False if there is no room. Raises VscpError as send()."""
+        try:
+            self.daemon.bus.send(can_id, data, client)
+        except NoRoom as full:
+            self.no_room_text = str(full)
+            self.retry_at = self.daemon.now + full.retry_s
+            if self.give_up_at == NEVER:
+                self.give_up_at = self.daemon.now + SEND_WAIT_S
+                self.daemon.soon(self.give_up_at)
+            return False
+        client.on_sent(len(data))
+        return True
+
+    def on_room(self, _mask: int = 0) -> None:
+        """There may be room: send what waits, one frame of each client, until there is none."""
+        self.retry_at = NEVER
+        for client in list(self.waiting):
+            if client not in self.waiting:      # the turn of another one has closed it
+                continue
+            try:
+                reply = OK if self.has_sent(client, *self.waiting[client]) else ""
+            except VscpError as error:
+                reply = refusal(error)
+            if not reply:
+                break
+            del self.waiting[client]
+            self.give_up_at = self.daemon.now + SEND_WAIT_S
+            client.resume(reply)
+        self.watch()
+
+    def tick(self) -> None:
+        """Refuse what has waited too long."""
+        if self.give_up_at <= self.daemon.now:
+            waiting, self.waiting = self.waiting, {}
+            self.watch()
+            for client in waiting:
+                client.resume(refusal(self.no_room_text))
+        self.daemon.soon(self.give_up_at)
+
+    def forget(self, client: Client) -> None:
+        """The client is gone."""
+        if self.waiting.pop(client, None):
+            self.watch()
+
+    def watch(self) -> None:
+        """Have the selector watch the bus for room, if somebody waits and poll can tell."""
+        if not self.waiting:
+            self.give_up_at = self.retry_at = NEVER
+        room_wanted = bool(self.waiting) and self.retry_at == NEVER
+        if self.daemon.bus.out:
+            self.daemon.selector.watch(self.daemon.bus.out, WRITE * room_wanted, self.on_room)
+
+
+class Daemon:
+    """Everything that runs: the bus, the listening socket, the clients."""
+
+    def __init__(self, options: argparse.Namespace, listener: socket.socket) -> None:
+        self.options = options
+        self.logins: Logins = options.logins
+        # Times: a clock is slow to read, so a turn reads it once
+        self.now = self.began = time.monotonic()    # when this turn began; when the daemon did
+        self.tick_at = self.now
+        self.stop_by = NEVER                    # the end
+        self.started = utc_text(int(time.time()))
+        # Who is connected
+        self.clients: dict[Client, None] = {}   # in the order in which they are served (serve_last)
+        self.leaving: set[Client] = set()       # told to go, not counted any more
+        self.views: dict[View, list[Client]] = {}
+        self.last_id = 0
+        self.frames = self.missed = 0           # handed out, missed by clients
+        # Sockets
+        self.selector = Selector()
+        self.listener = listener
+        self.selector.watch(listener, READ, self.on_connection)
+        self.wake_up, self.wake_up_end = socket.socketpair()
+        self.wake_up.setblocking(False)
+        self.wake_up_end.setblocking(False)
+        self.selector.watch(self.wake_up, READ, self.on_signal)
+        self.bus = Bus(options.canbus, self.selector.forget)
+        self.reader = BusReader(self)
+        self.queue = SendQueue(self)
+        self.discovery = Discovery(listener)
+        self.systemd = Systemd(self.now)
+        self.summary = Summary()                # with -d only
+        self.set_views()
+        self.reader.watch()
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serve until a signal says stop."""
+        select, reader, queue = self.selector.select, self.reader, self.queue
+        while self.now < self.stop_by:
+            wake_at = min(self.tick_at, reader.gather_at, queue.retry_at)
+            ready = select(max(0.0, wake_at - self.now))
+            self.now = time.monotonic()
+            for key, mask in ready:
+                key.data(mask)
+            if reader.gather_at <= self.now:
+                reader.read_gathered()
+            if queue.retry_at <= self.now:
+                queue.on_room()
+            if self.tick_at <= self.now:
+                self.tick()
+
+    def soon(self, when: float) -> None:
+        """Make sure tick() runs no later than this."""
+        self.tick_at = min(self.tick_at, when)
+
+    def tick(self) -> None:
+        """Look at all that has a time: the bus, the clients, those that wait, systemd."""
+        self.tick_at = self.now + min(TICK_S, self.systemd.watchdog_s)
+        self.read_all()
+        self.bus.check()
+        self.reader.watch()
+        self.queue.watch()
+        for client in [*self.clients, *self.leaving]:
+            client.tick()
+        self.queue.tick()
+        if self.stop_by == NEVER:           # again, if there were no descriptors
+            self.selector.watch(self.listener, READ, self.on_connection)
+        self.systemd.tick(
+            self.now, f"{self.bus.name}: {self.bus.state.text}, "
+            + counted(len(self.clients), "client"), self.totals())
+        if self.stop_by < NEVER and not (self.clients or self.leaving):
+            self.stop_by = self.now
+
+    def totals(self) -> str:
+        """How many frames were handed out, how many were lost here or in the kernel."""
+        return f"{counted(self.frames, 'frame')}, {self.missed + self.bus.dropped} lost"
+
+    def close(self) -> None:
+        """End every connection."""
+        self.systemd.notify("STOPPING=1")
+        signal.set_wakeup_fd(-1)
+        for client in [*self.clients, *self.leaving]:
+            client.close()
+        self.bus.close()
+        self.listener.close()
+        for thing in (self.selector, self.wake_up, self.wake_up_end, self.systemd.sock):
+            thing.close()
+
+    def on_signal(self, _mask: int) -> None:
+        """Stop: tell every client, and end once all have gone or the time is up."""
+        self.wake_up.recv(READ_SIZE)
+        self.stop_by = min(self.stop_by, self.now + STOPPING_S)
+        self.selector.forget(self.listener)
+        for client in list(self.clients):
+            client.write(refusal("uvscpd is stopping"))
+            client.leave()
+            client.turn()           # sends it, before too many are leaving
+        self.soon(self.now)
+
+    # --- from the bus to the clients ---
+
+    def read_all(self) -> None:
+        """Hand out all that the kernel holds by now."""
+        self.reader.read_all()
+
+    def hand_out(self, frames: "list[Frame]") -> None:
+        """Give frames to the clients that want them, but not to those that sent them."""
+        if self.options.answer_probes:
+            for can_id, data, *_ in frames:
+                if can_id & PROBE_MASK == PROBE:
+                    self.answer_probe(can_id, data)
+        self.frames += len(frames)
+        if log.debugging:
+            self.show(frames)
+        senders = {frame[4] for frame in frames if frame[4]} if self.bus.receives_own else ()
+        for (guid, value, mask), clients in self.views.items():
+            passing = frames
+            if mask or value:
+                passing = [frame for frame in frames if frame[0] & mask == value]
+            if not passing:
+                continue
+            lines = format_events(passing, guid, self.options.ns_timestamps)
+            block, size = event_block(lines)
+            for client in clients:
+                if senders and client in senders:
+                    others = [line for line, frame in zip(lines, passing) if frame[4] is not client]
+                    if others:
+                        client.put(others, *event_block(others))
+                else:
+                    client.put(lines, block, size)
+
+    def show(self, frames: "list[Frame]") -> None:
+        """Log events for -d, and count them for its summary."""
+        for can_id, data, seconds, nanoseconds, sender in frames:
+            source = sender.short_name if sender else self.bus.name
+            log.debug(event_row(source, can_id, data), seconds * 1000000 + nanoseconds // 1000)
+            self.summary.add(can_id, seconds)
+
+    def answer_probe(self, can_id: int, data: bytes) -> None:
+        """Send the response to a probe, if it gets one."""
+        response = self.discovery.response(can_id, data, self.now)
+        try:
+            if response:
+                self.bus.send(*response, self.discovery)
+        except (NoRoom, VscpError) as error:
+            log.debug(f"no answer to a probe: {error}")
+
+    def on_missed(self, count: int) -> None:
+        """A client's buffer has dropped so many events."""
+        self.missed += count
+
+    # --- who is connected ---
+
+    def on_connection(self, _mask: int) -> None:
+        """Somebody has connected."""
+        if self.stop_by < NEVER:            # a signal came in the same turn
+            return
+        try:
+            sock, address = self.listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Out of descriptors or memory: the next tick tries again. Else its peer has gone.
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.warning(f"cannot accept a connection: {error.strerror}")
+                self.selector.forget(self.listener)
+            return
+        host = plain_address(address[0])
+        try:
+            sock.setblocking(False)
+            self.read_all()         # what came before is not for this client
+            client = Client(self, sock, host, address[1], self.next_channel_id())
+        except OSError as error:
+            log.debug(f"{host}: {error.strerror}")
+            sock.close()
+            return
+        if not allowed(host, self.options.allow):
+            client.refuse("Invalid or unknown peer.")
+        elif len(self.clients) >= self.options.max_clients:
+            client.refuse("Max number of clients connected.")
+        else:
+            self.clients[client] = None
+            self.set_views()
+            client.greet()
+        client.turn()
+
+    def next_channel_id(self) -> int:
+        """A channel id that no client has, as long unused as possible; 0 without ids."""
+        if len(self.options.guid) == 16:
+            return 0
+        taken = {client.channel_id for client in self.clients}
+        self.last_id = self.last_id % 0xFFFF + 1
+        while self.last_id in taken:
+            self.last_id = self.last_id % 0xFFFF + 1
+        return self.last_id
+
+    def set_views(self) -> None:
+        """Group the clients by view, and have the kernel pass only what one of them wants."""
+        self.views = {}
+        for client in self.clients:
+            self.views.setdefault(client.view, []).append(client)
+        filters = [(value, mask) for _, value, mask in self.views]
+        if self.options.answer_probes:
+            filters.append((PROBE, PROBE_MASK))
+        self.bus.set_filters(filters, len(self.clients) > 1 or self.options.answer_probes)
+
+    def serve_last(self, client: Client) -> None:
+        """Serve this client after all others, so that those from its address get their try."""
+        del self.clients[client]
+        self.clients[client] = None
+
+    def on_leaving(self, client: Client) -> None:
+        """The client's slot is free, though its connection is not closed yet."""
+        self.unlist(client)
+        if len(self.leaving) >= MAX_LEAVING:
+            # One that has received everything, else the one that lingers longest.
+            first = min(self.leaving, key=lambda each: (bool(each.output), each.leave_by))
+            first.close("too many are leaving")
+        self.leaving.add(client)
+
+    def on_closed(self, client: Client) -> None:
+        """Forget a client whose connection is closed."""
+        self.unlist(client)
+        self.leaving.discard(client)
+        if self.stop_by < NEVER:
+            self.soon(self.now)
+
+    def unlist(self, client: Client) -> None:
+        """No events any more for this client, and no place among those that wait."""
+        self.queue.forget(client)
+        if client in self.clients:
+            del self.clients[client]
+            self.set_views()
+
+
+# =============================================================================
+# 10. Services beside the loop
+# =============================================================================
+# What a node may ask for on the bus, and what systemd hears. Neither knows the daemon:
+# times and texts are passed in.
 
 # Server discovery: CAN ids of class 0 type 27 and 28, and the bits that hold class and type.
 PROBE, PROBE_RESPONSE, PROBE_MASK = 27 << 8, 28 << 8, 0x01FFFF00
 MAX_ANSWERS = 10                # per second
+STATUS_S = 10                   # how often systemd gets new numbers
 
 
 def capabilities(listener: socket.socket) -> int:
-    """The 64 bits of WCYD, the lower 16 of which a node gets, too."""
+    """The 64 bits of WCYD; a node that looks for a server gets the lower 16."""
     return CAPABILITIES | CAPABILITY_IPV6 * (listener.family == socket.AF_INET6)
 
 
 def address_towards(peer: str) -> "str | None":
-    """Our IPv4 address on the way to another one; None without a way. Nothing is sent."""
+    """Our IPv4 address as seen from another one; None if there is no route. Nothing is sent."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect((peer, PORT))
@@ -1827,7 +2335,7 @@ class Discovery:
         self.answered: deque[float] = deque(maxlen=MAX_ANSWERS)
 
     def response(self, can_id: int, data: bytes, now: float) -> "tuple[int, bytes] | None":
-        """The CAN id and the data of the response to a probe; None if it gets none."""
+        """The CAN id and the data of the response to a probe; None if there is none to give."""
         address = self.address_for(data)
         full = len(self.answered) == MAX_ANSWERS
         if address is None or full and now < self.answered[0] + 1:
@@ -1844,12 +2352,12 @@ class Discovery:
         bound = plain_address(self.listener.getsockname()[0])
         if bound not in EVERYWHERE:
             return None if ":" in bound else bound
-        told = len(data) >= 5 and any(data[1:5])
-        return address_towards(socket.inet_ntoa(data[1:5]) if told else "192.0.2.1")
+        given = len(data) >= 5 and any(data[1:5])
+        return address_towards(socket.inet_ntoa(data[1:5]) if given else "192.0.2.1")
 
 
 class Systemd:
-    """What systemd hears from the daemon, if it asked (sd_notify(3)): ready, state, alive."""
+    """Tells systemd, if it asked (sd_notify(3)), that the daemon is ready, alive, and how it is."""
 
     def __init__(self, now: float) -> None:
         address = os.environ.get("NOTIFY_SOCKET", "")
@@ -1863,14 +2371,14 @@ class Systemd:
 
     @staticmethod
     def watchdog_period() -> float:
-        """How often it hears that we are alive, in seconds: twice as often as it must."""
+        """How often to report that we are alive, in seconds: twice as often as systemd demands."""
         period_us = os.environ.get("WATCHDOG_USEC", "")         # 64 bits
         ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
         asked = ours and re.fullmatch("[1-9][0-9]{0,19}", period_us)
         return int(period_us) / 2000000 if asked else NEVER
 
     def notify(self, text: str) -> bool:
-        """Send it this; returns whether it has got that, or did not ask."""
+        """Send systemd a message if it wants any; False if that failed."""
         try:
             if self.address:
                 self.sock.sendto(text.encode(), self.address)
@@ -1888,390 +2396,20 @@ class Systemd:
             self.state, self.numbers, self.numbers_at = state, numbers, now + STATUS_S
 
 
-class Daemon:
-    """Everything that runs: the bus, the listening socket, the clients.
-
-    How the bus is read: after a sleep, one frame; readable again at once, until it
-    is empty (on_bus). Under load, what has come every 5 ms (gather). For a command
-    that needs all there is, and twice a second, until it is empty (drain).
-    """
-
-    def __init__(self, options: argparse.Namespace, listener: socket.socket) -> None:
-        self.options = options
-        self.started = utc_text(int(time.time()))
-        self.discovery = Discovery(listener)
-        self.clients: dict[Client, None] = {}   # in the order in which they are served
-        self.leaving: set[Client] = set()       # told to go, not counted any more
-        self.views: dict[View, list[Client]] = {}
-        # Clients whose SEND waits for room on the bus, with its frame; the first one is next.
-        self.waiting: dict[Client, tuple[int, bytes]] = {}
-        self.guest = User("", b"", options.guest, [])   # who a client is until it has logged in
-        self.suspects: dict[bytes, float] = {}  # until when nobody may log in from there
-        self.last_id = 0
-        self.frames = self.lost = 0             # handed out, lost by clients
-        self.summary = Summary()                # with -d only
-        self.systemd = Systemd(time.monotonic())
-        # Times; a clock is slow to read, so a turn reads it once
-        self.now = time.monotonic()             # when this turn began
-        self.bus_read_at = 0.0                  # when the bus had been read
-        self.began = self.now
-        self.tick_at = self.now
-        self.gather_at = NEVER                  # under load: the bus is not watched until then
-        self.retry_at = NEVER                   # for the first of those that wait
-        self.full_text = ""                     # why they wait
-        self.give_up_at = NEVER                 # if the bus takes nothing until then
-        self.no_gathering_until = 0.0           # somebody waits for the answer to a SEND
-        self.busy_until = 0.0                   # the end of a time ...
-        self.busy_frames = 0                    # ... in which so many frames came
-        self.stop_by = NEVER                    # the end
-        # Sockets
-        self.selector = selectors.DefaultSelector()
-        self.watched: dict[socket.socket, int] = {}     # what for; asking the selector is slow
-        self.listener = listener
-        self.watch(listener, READ, self.on_connection)
-        self.wake_up, self.wake_up_end = socket.socketpair()
-        self.wake_up.setblocking(False)
-        self.wake_up_end.setblocking(False)
-        self.watch(self.wake_up, READ, self.on_signal)
-        self.bus = Bus(options.canbus, lambda sock: self.watch(sock, 0, self.on_bus))
-        self.set_views()
-        self.watch_bus()
-
-    # --- the loop ---
-
-    def run(self) -> None:
-        """Serve until a signal says stop."""
-        while self.now < self.stop_by:
-            wake_at = min(self.tick_at, self.gather_at, self.retry_at)
-            ready = self.selector.select(max(0.0, wake_at - self.now))
-            self.now = time.monotonic()
-            for key, mask in ready:
-                key.data(mask)
-            if self.gather_at <= self.now:
-                self.gather()
-            if self.retry_at <= self.now:
-                self.send_waiting()
-            if self.tick_at <= self.now:
-                self.tick()
-
-    def soon(self, when: float) -> None:
-        """Have a tick at this time at the latest."""
-        self.tick_at = min(self.tick_at, when)
-
-    def tick(self) -> None:
-        """Look at all that has a time: the bus, the clients, those that wait, systemd."""
-        self.tick_at = self.now + min(TICK_S, self.systemd.watchdog_s)
-        self.drain()
-        self.bus.check()
-        self.watch_bus()
-        for client in [*self.clients, *self.leaving]:
-            client.tick()
-        if self.give_up_at <= self.now:
-            self.give_up_waiting()
-        self.soon(self.give_up_at)
-        if self.stop_by == NEVER:           # again, if there were no descriptors
-            self.watch(self.listener, READ, self.on_connection)
-        self.systemd.tick(
-            self.now, f"{self.bus.name}: {self.bus.state.text}, "
-            + counted(len(self.clients), "client"), self.totals())
-        if self.stop_by < NEVER and not (self.clients or self.leaving):
-            self.stop_by = self.now
-
-    def totals(self) -> str:
-        """How many frames were handed out, how many were lost here or in the kernel."""
-        return f"{counted(self.frames, 'frame')}, {self.lost + self.bus.overruns} lost"
-
-    def close(self) -> None:
-        """End every connection."""
-        self.systemd.notify("STOPPING=1")
-        signal.set_wakeup_fd(-1)
-        for client in [*self.clients, *self.leaving]:
-            client.close()
-        self.bus.close()
-        self.listener.close()
-        for thing in (self.selector, self.wake_up, self.wake_up_end, self.systemd.sock):
-            thing.close()
-
-    def on_signal(self, _mask: int) -> None:
-        """Stop: tell every client, and end once all have gone or the time is up."""
-        self.wake_up.recv(READ_SIZE)
-        self.stop_by = min(self.stop_by, self.now + STOPPING_S)
-        self.watch(self.listener, 0, self.on_connection)
-        for client in list(self.clients):
-            client.write(refusal("uvscpd is stopping"))
-            client.leave()
-            client.turn()           # sends it, before too many are leaving
-        self.soon(self.now)
-
-    def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
-        """Change what the selector watches a socket for; 0 is nothing, and due before it closes."""
-        before = self.watched.get(sock, 0)
-        if events == before:
-            return
-        self.watched.pop(sock, None)        # if this raises, the selector watches nothing for us
-        if not events:
-            self.selector.unregister(sock)
-            return
-        change = self.selector.modify if before else self.selector.register
-        change(sock, events, action)
-        self.watched[sock] = events
-
-    # --- from the bus to the clients ---
-
-    def on_bus(self, mask: int) -> None:
-        """There is something to read on the bus, or there is room again for those that wait."""
-        if mask & WRITE:
-            self.send_waiting()
-        if not mask & READ:
-            return
-        # A lone frame is read with one call: a second one, only to find the socket empty, costs
-        # as much again.
-        slept = self.now - self.bus_read_at > AT_ONCE_S
-        count, _ = self.pump(1 if slept else FRAMES_PER_TURN)
-        self.bus_read_at = time.monotonic()
-        if self.busy_until < self.now:
-            self.busy_until, self.busy_frames = self.now + BUSY_S, 0
-        self.busy_frames += count
-        if self.busy_frames >= BUSY_FRAMES and self.no_gathering_until < self.now:
-            self.gather_at = self.now + GATHER_S
-            self.watch_bus()
-
-    def gather(self) -> None:
-        """Under load: take what has come by now, and again later, as long as that is much.
-
-        Waking up costs more than a frame: at 1,000 frames/s, gathering takes half
-        of the CPU time that waking up for each one takes.
-        """
-        count, empty = self.pump(FRAMES_PER_TURN)
-        if count > 1 and self.no_gathering_until < self.now:
-            self.gather_at = time.monotonic() + GATHER_S if empty else self.now
-        else:
-            self.gather_at = NEVER
-            self.watch_bus()
-
-    def drain(self) -> None:
-        """Hand out all that the kernel holds, and count what it dropped."""
-        for _ in range(FRAMES_IN_KERNEL // FRAMES_PER_TURN):
-            _, empty = self.pump(FRAMES_PER_TURN)
-            if empty:
-                break
-        self.bus.count_drops()
-
-    def pump(self, limit: int) -> "tuple[int, bool]":
-        """Read up to so many messages and hand the frames out.
-
-        Returns the number of frames, and whether the socket is empty.
-        """
-        frames, empty = self.bus.read(limit)
-        if frames:
-            self.hand_out(frames)
-        return len(frames), empty
-
-    def hand_out(self, frames: "list[Frame]") -> None:
-        """Give frames to the clients that want them, but not to those that sent them."""
-        if self.options.answer_probes:
-            for can_id, data, *_ in frames:
-                if can_id & PROBE_MASK == PROBE:
-                    self.answer_probe(can_id, data)
-        self.frames += len(frames)
-        if log.debugging:
-            self.show(frames)
-        senders = {frame[4] for frame in frames if frame[4]} if self.bus.own_wanted else ()
-        for (guid, value, mask), clients in self.views.items():
-            seen = frames
-            if mask or value:
-                seen = [frame for frame in frames if frame[0] & mask == value]
-            if not seen:
-                continue
-            lines = format_events(seen, guid, self.options.ns_timestamps)
-            block, size = event_block(lines)
-            for client in clients:
-                if senders and client in senders:
-                    others = [line for line, frame in zip(lines, seen) if frame[4] is not client]
-                    if others:
-                        client.put(others, *event_block(others))
-                else:
-                    client.put(lines, block, size)
-
-    def show(self, frames: "list[Frame]") -> None:
-        """Log events for -d, and count them for its summary."""
-        for can_id, data, seconds, nanoseconds, sender in frames:
-            source = sender.short_name if sender else self.bus.name
-            log.debug(event_row(source, can_id, data), seconds * 1000000 + nanoseconds // 1000)
-            self.summary.add(can_id, seconds)
-
-    def answer_probe(self, can_id: int, data: bytes) -> None:
-        """Send the response to a probe, if it gets one."""
-        response = self.discovery.response(can_id, data, self.now)
-        try:
-            if response:
-                self.bus.send(*response, self.discovery)
-        except (NoRoom, VscpError) as error:
-            log.debug(f"no answer to a probe: {error}")
-
-    # --- from the clients to the bus ---
-
-    def send(self, client: Client, can_id: int, data: bytes) -> str:
-        """Send a client's frame; returns the reply, or "" if it waits: then it is answered later.
-
-        All that wait are in one queue. The first one stays the first until it has
-        sent, and they give up together: when the bus has taken no frame for a second.
-        """
-        self.no_gathering_until = self.now + QUIET_S
-        if self.gather_at < NEVER:
-            self.gather_at = self.now
-        reply = "" if self.waiting else self.try_to_send(client, can_id, data)
-        if not reply:
-            self.waiting[client] = can_id, data
-            client.pause(NEVER)
-            self.watch_bus()
-        return reply
-
-    def try_to_send(self, client: Client, can_id: int, data: bytes) -> str:
-        """Give a client's frame to the bus; returns the reply, or "" if there is no room."""
-        try:
-            self.bus.send(can_id, data, client)
-        except NoRoom as full:
-            self.full_text = str(full)
-            self.retry_at = self.now + full.retry_s
-            if self.give_up_at == NEVER:
-                self.give_up_at = self.now + SEND_WAIT_S
-                self.soon(self.give_up_at)
-            return ""
-        except VscpError as error:
-            return refusal(error)
-        client.on_sent(data)
-        return ok()
-
-    def send_waiting(self) -> None:
-        """There may be room: send what waits, one frame of each client, until there is none."""
-        self.retry_at = NEVER
-        for client in list(self.waiting):
-            if client in self.waiting:          # else the turn of another one has closed it
-                reply = self.try_to_send(client, *self.waiting[client])
-                if not reply:
-                    break
-                del self.waiting[client]
-                self.give_up_at = self.now + SEND_WAIT_S
-                client.resume(reply)
-        self.watch_bus()
-
-    def give_up_waiting(self) -> None:
-        """Refuse the SENDs that wait."""
-        waiting, self.waiting = self.waiting, {}
-        self.watch_bus()
-        for client in waiting:
-            client.resume(refusal(self.full_text))
-
-    def watch_bus(self) -> None:
-        """Have the selector watch the bus for frames, unless they gather, and for room."""
-        if not self.waiting:
-            self.give_up_at = self.retry_at = NEVER
-        room_wanted = bool(self.waiting) and self.retry_at == NEVER
-        if self.bus.sock and self.bus.out:
-            self.watch(self.bus.sock, READ * (self.gather_at == NEVER), self.on_bus)
-            self.watch(self.bus.out, WRITE * room_wanted, self.on_bus)
-
-    # --- clients ---
-
-    def on_connection(self, _mask: int) -> None:
-        if self.stop_by < NEVER:            # a signal came in the same turn
-            return
-        try:
-            sock, address = self.listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            # Out of descriptors or memory: the next tick tries again. Else its peer has gone.
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.warning(f"cannot accept a connection: {error.strerror}")
-                self.watch(self.listener, 0, self.on_connection)
-            return
-        host = plain_address(address[0])
-        try:
-            sock.setblocking(False)
-            self.drain()            # what came before is not for this client
-            client = Client(self, sock, host, address[1], self.next_channel_id())
-        except OSError as error:
-            log.debug(f"{host}: {error.strerror}")
-            sock.close()
-            return
-        if not allowed(host, self.options.allow):
-            client.refuse("Invalid or unknown peer.")
-        elif len(self.clients) >= self.options.max_clients:
-            client.refuse("Max number of clients connected.")
-        else:
-            self.clients[client] = None
-            self.set_views()
-            client.greet()
-        client.turn()
-
-    def set_views(self) -> None:
-        """Group the clients by view, and have the kernel pass only what one of them wants."""
-        self.views = {}
-        for client in self.clients:
-            self.views.setdefault(client.view, []).append(client)
-        wanted = [(value, mask) for _, value, mask in self.views]
-        if self.options.answer_probes:
-            wanted.append((PROBE, PROBE_MASK))
-        self.bus.set_filters(wanted, len(self.clients) > 1 or self.options.answer_probes)
-
-    def on_leaving(self, client: Client) -> None:
-        """The client's slot is free, though its connection is not closed yet."""
-        self.remove(client)
-        if len(self.leaving) >= MAX_LEAVING:
-            # One that has received everything, else the one that lingers longest.
-            first = min(self.leaving, key=lambda each: (bool(each.output), each.leave_by))
-            first.close("too many are leaving")
-        self.leaving.add(client)
-
-    def on_closed(self, client: Client) -> None:
-        """Forget a client whose connection is closed."""
-        self.remove(client)
-        self.leaving.discard(client)
-        if self.stop_by < NEVER:
-            self.soon(self.now)
-
-    def remove(self, client: Client) -> None:
-        """No events any more for this client, and no place among those that wait."""
-        if client in self.waiting:
-            del self.waiting[client]
-            self.watch_bus()
-        if client in self.clients:
-            del self.clients[client]
-            self.set_views()
-
-    def suspect(self, client: Client) -> None:
-        """For half a second nobody can log in from this client's address, on any connection."""
-        self.suspects = {each: until for each, until in self.suspects.items() if until > self.now}
-        if len(self.suspects) < MAX_SUSPECTS:
-            self.suspects[network_of(client.host)] = self.now + WRONG_LOGIN_S
-        # To the end of the order of service: others from that address have their try first.
-        del self.clients[client]
-        self.clients[client] = None
-
-    def next_channel_id(self) -> int:
-        """A channel id that no client has, as long unused as possible; 0 without ids."""
-        if len(self.options.guid) == 16:
-            return 0
-        taken = {client.channel_id for client in self.clients}
-        self.last_id = self.last_id % 0xFFFF + 1
-        while self.last_id in taken:
-            self.last_id = self.last_id % 0xFFFF + 1
-        return self.last_id
-
-
 # =============================================================================
-# 10. What -d shows
+# 11. What -d shows
 # =============================================================================
 # What an event says, for people who watch the bus with -d: from a frame to one line
 # of printable ASCII. The protocol needs none of it, so the tables stay text until
-# one is first looked at.
+# one is first looked at. To name an event, add it to EVENT_NAMES; to show what its
+# data says, add a row to PROTOCOL_DATA (class 0), a note to its name, or a case to
+# event_meaning.
 
-# The names of each list are numbered from 0; a number sets that of the name behind it.
-# `TEMPERATURE=K,C,F`: the units 0, 1 and 2, where they are sure. `ALARM=alarm`: data byte 0 is
-# the alarm, byte 1 the zone, byte 2 the sub-zone. `GENERAL=-`: the data has no zones. A type
-# without `=` has what its class has.
+# The names of each list are numbered from 0; a number is that of the next name. In the list
+# MEASUREMENT, whose types classes 60, 65, 70 and 85 have, too, `TEMPERATURE=K,C,F` gives the units
+# 0, 1 and 2, where they are sure. In all others, `ALARM=alarm`: data byte 0 is the alarm, byte 1
+# the zone, byte 2 the sub-zone; `GENERAL=-`: the data has no zones. A type without `=` has what
+# its class has.
 # Sources: vscp-class.h and vscp-type.h of the VSCP project; VSCP specification, page of each class.
 EVENT_NAMES = """
 CLASS: PROTOCOL ALARM=state SECURITY=data 10 MEASUREMENT MEASUREMENTX1 MEASUREMENTX2 MEASUREMENTX3
@@ -2367,7 +2505,7 @@ PROTOCOL_DATA = """
 
 @lru_cache(maxsize=None)
 def event_names() -> "dict[tuple[str, int], tuple[str, str]]":
-    """EVENT_NAMES by list and number: the name, and what stands behind its `=`.
+    """EVENT_NAMES by list and number: the name, and what stands after its `=`.
 
     >>> event_names()["MEASUREMENT", 6], event_names()["CLASS", 511]
     (('TEMPERATURE', 'K,C,F'), ('LOCAL', ''))
@@ -2412,7 +2550,7 @@ def event_name(vscp_class: int, vscp_type: int) -> str:
 
 
 def coded_value(coding: int, value: bytes) -> str:
-    """The value in the bytes behind a data coding byte, whose bits 7-5 are their format.
+    """The value in the bytes after a data coding byte, whose bits 7-5 are their format.
 
     Raises ValueError or struct.error when they are not in that format. A float is shown to 7
     digits, a double to 15; a normalized integer has at most 15. Source: VSCP specification,
@@ -2560,10 +2698,10 @@ def event_row(source: str, can_id: int, data: bytes) -> str:
             f"{event_meaning(can_id, data)}").rstrip()
 
 
-def foreign_row(source: str, can_id: int, data: bytes) -> str:
+def not_vscp_row(source: str, can_id: int, data: bytes) -> str:
     """The line that shows a frame that is not VSCP: error, standard or remote.
 
-    >>> foreign_row("can0", 0x123, b"\\xFF"), foreign_row("can0", ERR_FLAG | 0x40, b"")
+    >>> not_vscp_row("can0", 0x123, b"\\xFF"), not_vscp_row("can0", ERR_FLAG | 0x40, b"")
     ('can0      - 123       standard frame, not VSCP FF', 'can0      ! error frame: bus off')
     """
     if can_id & ERR_FLAG:
@@ -2602,17 +2740,17 @@ class Summary:
 
 
 # =============================================================================
-# 11. Options
+# 12. Options
 # =============================================================================
-# Checks all that can be checked before anything starts. A wrong value is one
-# line on stderr and exit status 2.
+# Checks all that can be checked before anything starts. A wrong value is one line on
+# stderr and exit status 2. To add an option, add it to its group in parse_arguments.
 
 PORT = 8598                     # uvscpd's; the full VSCP daemon has 9598
 SIOCGIFADDR, SIOCGIFHWADDR = 0x8915, 0x8927     # linux/sockios.h
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and friendlier argument files."""
+    """argparse with one-line errors and more forgiving argument files."""
 
     def error(self, message: str) -> "NoReturn":
         """Log what is wrong, in one line without words that may be a password, and exit."""
@@ -2627,7 +2765,7 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> "list[str]":
         """One argument per line; `--port 8598` may stand in one line, too.
 
-        A value may stand in quotes; behind it, a `#` that follows a space starts a
+        A value may stand in quotes; after it, a `#` that follows a space starts a
         comment.
         """
         if "\0" in arg_line:
@@ -2737,7 +2875,7 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
     try:
         with open(path, encoding="latin-1") as file:
             lines = file.read().split("\n")
-            public = bool(os.fstat(file.fileno()).st_mode & 0o007)
+            readable = bool(os.fstat(file.fileno()).st_mode & 0o007)
     except (OSError, ValueError) as error:
         raise VscpError(getattr(error, "strerror", error)) from None
     for number, line in enumerate(lines, 1):
@@ -2756,33 +2894,41 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
                                    [parse_pattern(word) for word in words[3:]])
         except VscpError as error:
             raise VscpError(f"line {number}: {error}") from None
-    return users, public
+    return users, readable
 
 
-def options_of_users(options: argparse.Namespace) -> None:
-    """Turn --users, -U and -P into users; raises VscpError when they do not fit together."""
+def make_logins(options: argparse.Namespace) -> "tuple[Logins, str]":
+    """The Logins of --users, -U, -P and --guest, and the users' file if anybody can read it.
+
+    Raises VscpError when the options do not fit together or the file is wrong.
+    """
     path, name, password = options.users_file, options.user, options.password
-    options.public_file = ""        # the users' file, if anybody can read it
-    options.users = {}              # by name; "" is -P without -U, when any name will do
-    if options.guest is None:
-        options.guest = MAX_PRIVILEGE if path is None else 0
+    users: dict[str, User] = {}
+    readable_users_file = ""
     if path is not None:
         try:
-            options.users, public = read_users(path)
-            options.public_file = path if public else ""
+            users, readable = read_users(path)
+            readable_users_file = path if readable else ""
         except VscpError as error:
             raise VscpError(f"--users {path}: {error}") from None
         if (name is None) != (password is None):
             raise VscpError("with --users, -U and -P go together")
-        if name in options.users:
+        if name in users:
             raise VscpError(f"user {name} is in {path}, too")
-    options.name_is_enough = bool(name) and password is None
     if name or password:
-        options.users[name or ""] = User(name or "", password_digest(name or "", password or ""),
-                                         MAX_PRIVILEGE, [])
+        users[name or ""] = User(name or "", password_digest(name or "", password or ""),
+                                 MAX_PRIVILEGE, [])
+    guest = options.guest
+    if guest is None:
+        guest = MAX_PRIVILEGE if path is None else 0
+    return Logins(users, guest, not name or password is not None), readable_users_file
 
 
 def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
+    """The options of the command line, by their names there.
+
+    Further ones are made of others: `logins` and `readable_users_file` (make_logins).
+    """
     parser = Parser(
         prog="uvscpd.py", fromfile_prefix_chars="@",
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
@@ -2814,7 +2960,7 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
     add("-i", "--ip", metavar="ADDRESS", type=address_argument, default=None,
         help="IPv4 or IPv6 address to listen on (default: all)")
     add("-p", "--port", metavar="PORT", type=number_from(0, 65535), default=PORT,
-        help="TCP port (default %(default)s), 0 for any free one")
+        help="TCP port (default %(default)s; 0: any free port)")
     add("--max-clients", metavar="N", type=number_from(1, 10000), default=50,
         help="clients at the same time (default %(default)s)")
 
@@ -2847,14 +2993,14 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
     if [] in [*values, *options.allow]:
         parser.error("the value of an option cannot be --")
     try:
-        options_of_users(options)
+        options.logins, options.readable_users_file = make_logins(options)
     except VscpError as error:
         parser.error(str(error))
     return options
 
 
 # =============================================================================
-# 12. Start and end
+# 13. Start and end
 # =============================================================================
 # Listens, detaches, serves. What the system refuses is one line and exit status 1.
 
@@ -2968,7 +3114,7 @@ def lock_pidfile(name: str) -> int:
 
 
 def write_pidfile(descriptor: int) -> None:
-    if os.fstat(descriptor).st_size:        # a file, and what is in there is of no more use
+    if os.fstat(descriptor).st_size:        # a regular file, perhaps with an old process id
         os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
 
@@ -2986,14 +3132,16 @@ def remove_pidfile(name: str) -> None:
 
 def log_access(options: argparse.Namespace, everywhere: bool) -> None:
     """Log what an operator may not know about access to the bus."""
-    if options.public_file:
-        log.warning(f"others can read {options.public_file}, try: chmod o= {options.public_file}")
-    if options.users and options.guest == MAX_PRIVILEGE:
+    path, users = options.readable_users_file, options.logins.users
+    guest_privilege = options.logins.guest.privilege
+    if path:
+        log.warning(f"others can read {path}, try: chmod o= {path}")
+    if users and guest_privilege == MAX_PRIVILEGE:
         log.warning("clients may do everything without logging in; "
                     "--guest 0 makes them log in first")
-    elif not options.users and options.guest < MAX_PRIVILEGE:
+    elif not users and guest_privilege < MAX_PRIVILEGE:
         log.warning("nobody can log in: there is no user (--users)")
-    elif not options.users and everywhere and not options.allow:
+    elif not users and everywhere and not options.allow:
         log.info("every host that reaches this one may use the bus (see --allow, --users, --ip)")
 
 
@@ -3016,14 +3164,15 @@ def serve(options: argparse.Namespace) -> int:
     except OSError as error:
         log.error(f"uvscpd.py: cannot {what}: {error.strerror}")
         return 1
-    if options.users:
+    if options.logins.users:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
     child_end = None if options.stay else detach()
     daemon = Daemon(options, listener)
     # A signal wakes the loop, which calls on_signal.
     signal.set_wakeup_fd(daemon.wake_up_end.fileno(), warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has SIGHUP ignored
+        # Under nohup SIGHUP is ignored, and stays so.
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda _number, _frame: None)
     try:
         if descriptor is not None:
@@ -3038,7 +3187,7 @@ def serve(options: argparse.Namespace) -> int:
         daemon.run()
     finally:
         daemon.close()
-        # From here on one more would end the process in Python's own end, with another status.
+        # A signal while Python shuts down would end the process with another status.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         if pidfile:
             remove_pidfile(pidfile)
