@@ -1871,6 +1871,7 @@ class TurnTest(OwnDaemonTestCase):
         daemon.now = clients[0].stream_at
         daemon.tick()
         self.assertEqual(daemon.tick_at, clients[1].stream_at)
+
     def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
         daemon = self.inside()
         client, other_end = self.connect_inside(daemon)
@@ -1908,6 +1909,7 @@ class TurnTest(OwnDaemonTestCase):
         with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
             daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
         self.assertEqual((own.called, others.called), (False, True))
+
     def test_clients_that_wait_for_the_bus_give_up_together(self) -> None:
         daemon = self.inside()
         clients = [self.connect_inside(daemon)[0] for _ in range(9)]
@@ -2640,6 +2642,7 @@ class ProcessTest(OwnDaemonTestCase):
             with self.subTest(most=most):
                 self.assertEqual((result.returncode, result.stdout), (2, ""))
                 self.assertRegex(result.stderr, rf"\Auvscpd\.py: .*{word}.*\n\Z")
+
     def test_pidfile(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             file = pathlib.Path(directory, "pid")
@@ -3869,7 +3872,6 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertLess(max(order.index(number) for number in range(5)),
                         min(len(order) - order[::-1].index(number) for number in range(5)))
 
-
     def test_client_reset_while_its_command_takes_events_in(self) -> None:
         daemon = self.inside()
         client, other_end = self.connect_inside(daemon)
@@ -3954,11 +3956,6 @@ class TroubleTest(OwnDaemonTestCase):
                 peer.send("vers", "quit")
         for peer in peers:
             peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
-
-
-
-
-
 
     def test_bug_in_a_command(self) -> None:
         daemon = DaemonProcess(program=changed_program("""
