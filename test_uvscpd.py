@@ -348,7 +348,7 @@ def parse_transcript(text: str) -> list[list[Step]]:
 
 
 # Nothing of this may run when it follows QUIT in one packet.
-BEHIND_QUIT = "noop\nsend 0,511,255,0,,0,-,1\nhelp\n\0\xff\nquit\nno line end"
+AFTER_QUIT = "noop\nsend 0,511,255,0,,0,-,1\nhelp\n\0\xff\nquit\nno line end"
 
 
 def exchange(peer: Peer, packet: list[Step], way: str = "packets") -> None:
@@ -361,8 +361,8 @@ def exchange(peer: Peer, packet: list[Step], way: str = "packets") -> None:
     else:
         lines = "".join(expand(step.text) + "\n" for step in packet if step.what == ">")
         pieces = list(lines) if way == "bytes" else [lines]
-        if way == "more behind QUIT" and packet[-1].text == "(closed)":
-            pieces[-1] += BEHIND_QUIT
+        if way == "more after QUIT" and packet[-1].text == "(closed)":
+            pieces[-1] += AFTER_QUIT
         for piece in pieces:
             peer.sock.sendall(piece.encode("latin-1"))
         peer.expect(*(step.text for step in packet if step.what == "<"))
@@ -419,7 +419,7 @@ class DaemonTestCase(unittest.TestCase):
         daemon = DaemonProcess(*arguments) if arguments else self.daemon
         if arguments:
             self.addCleanup(daemon.stop)
-        for way in ("lines", "packets", "bytes", "more behind QUIT"):
+        for way in ("lines", "packets", "bytes", "more after QUIT"):
             with contextlib.ExitStack() as stack:
                 peers = {who: stack.enter_context(daemon.connect())
                          for who in sorted({packet[0].who for packet in packets})}
@@ -507,23 +507,23 @@ def read_numbers(peer: Peer, last: int) -> list[int]:
     return numbers[1:]
 
 
-def event(vscp_type: int, *data: int) -> str:
+def send_line(vscp_type: int, *data: int) -> str:
     """The command that sends an event of class 20."""
     return ",".join(map(str, (f"send 96,20,{vscp_type},0,,0,-", *data)))
 
 
-def seen(vscp_type: int, *data: int) -> str:
+def event_line(vscp_type: int, *data: int) -> str:
     """The line of that event as other clients get it."""
     return ",".join(map(str, (f"96,20,{vscp_type},0,*,#,::0", *data)))
 
 
-def content(line: str) -> tuple[int, ...]:
+def type_and_data(line: str) -> tuple[int, ...]:
     """Type and data of an event line."""
     fields = line.split(",")
     return tuple(map(int, (fields[2], *fields[7:])))
 
 
-def event_lines(peer: Peer, count: int) -> list[str]:
+def next_events(peer: Peer, count: int) -> list[str]:
     """The next events of a client in the receive loop."""
     lines: list[str] = []
     while len(lines) < count:
@@ -687,7 +687,7 @@ class OwnDaemonTestCase(unittest.TestCase):
                 if not select.select([life], [], [], 0)[0]:
                     os.kill(pid, signal.SIGKILL)
 
-    def inside(self, *arguments: str) -> uvscpd.Daemon:
+    def daemon_in_process(self, *arguments: str) -> uvscpd.Daemon:
         """A daemon in this process that does only what the test calls. Logs to self.log."""
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
@@ -697,16 +697,16 @@ class OwnDaemonTestCase(unittest.TestCase):
         self.addCleanup(daemon.close)
         return daemon
 
-    def connect_inside(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
+    def connect_in_process(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
         """A client of a daemon in this process, and the client's end of the connection."""
         other_end = socket.create_connection(daemon.listener.getsockname(), TIMEOUT)
         daemon.on_connection(0)
         self.addCleanup(other_end.close)
         return list(daemon.clients)[-1], other_end
 
-    def inside_with_client(self, *arguments: str) -> tuple[uvscpd.Daemon, uvscpd.Client]:
-        daemon = self.inside(*arguments)
-        return daemon, self.connect_inside(daemon)[0]
+    def daemon_and_client_in_process(self, *arguments: str) -> tuple[uvscpd.Daemon, uvscpd.Client]:
+        daemon = self.daemon_in_process(*arguments)
+        return daemon, self.connect_in_process(daemon)[0]
 
     def assert_bad_argument(self, argument: str, message: str = "") -> None:
         """The argument is refused with exit status 2 and one line that has this message."""
@@ -1508,7 +1508,7 @@ class LoginTest(DaemonTestCase):
 
 class AccessTest(OwnDaemonTestCase):
     def test_privilege_of_every_command(self) -> None:
-        _, client = self.inside_with_client()
+        _, client = self.daemon_and_client_in_process()
         for level, row in itertools.product(range(16), ROWS):
             with self.subTest(row.names, level=level):
                 client.user = uvscpd.User("", b"", level, [])
@@ -1559,8 +1559,8 @@ class AccessTest(OwnDaemonTestCase):
                 ("0", [(["user zero"], 20), (["user zero"], 20)], True),
                 ("0", [(log_in, 60)], False)):          # also with nothing that it may do
             with self.subTest(guest=guest, steps=steps):
-                daemon = self.inside("--users", users, "--guest", guest)
-                client, other_end = self.connect_inside(daemon)
+                daemon = self.daemon_in_process("--users", users, "--guest", guest)
+                client, other_end = self.connect_in_process(daemon)
                 for lines, seconds in steps:
                     client.lines.extend(lines)
                     client.tick()
@@ -1571,9 +1571,9 @@ class AccessTest(OwnDaemonTestCase):
                                  ["-OK - nobody logged in within 30 s"] * sent_away)
 
     def test_guesses_do_not_keep_others_out(self) -> None:
-        daemon = self.inside("-U", "Admin", "-P", "secRet", "--guest", "0")
+        daemon = self.daemon_in_process("-U", "Admin", "-P", "secRet", "--guest", "0")
         for password in ["hunter2"] * 9 + ["secRet"]:
-            client, _ = self.connect_inside(daemon)
+            client, _ = self.connect_in_process(daemon)
             client.lines.extend(["user Admin", *[f"pass {password}"] * 4])
         for turn in range(10):                  # a guess of each of the others
             self.assertIs(client.user, daemon.guest, turn)
@@ -1725,9 +1725,8 @@ class ConnectionTest(OwnDaemonTestCase):
 
     def test_ALLOW(self) -> None:
         # On the socket for both, an IPv4 client counts as IPv4.
-        for pattern, good, bad in (("127.0.0.0/8", "127.0.0.1", "::1"),
-                                   ("::1", "::1", "127.0.0.1")):
-            daemon = self.start("--allow", pattern, ip="")
+        for allow, good, bad in (("127.0.0.0/8", "127.0.0.1", "::1"), ("::1", "::1", "127.0.0.1")):
+            daemon = self.start("--allow", allow, ip="")
             if good == "127.0.0.1" or ipv6_works():
                 self.assertEqual(self.connect(daemon, good).ask("noop"), ["+OK"])
             if bad == "127.0.0.1" or ipv6_works():
@@ -1736,7 +1735,7 @@ class ConnectionTest(OwnDaemonTestCase):
                 self.assertIn(f"{peer.name}: refused: Invalid or unknown peer.", daemon.stop())
 
     def test_connection_that_cannot_be_accepted(self) -> None:
-        daemon = self.inside()
+        daemon = self.daemon_in_process()
         for code, seconds in ((errno.ECONNABORTED, 0), (errno.EMFILE, 1), (errno.ENOMEM, 1)):
             with self.subTest(errno.errorcode[code]), mock.patch.object(
                     daemon, "listener", accept=mock.Mock(side_effect=OSError(code, "no"))), \
@@ -1754,14 +1753,14 @@ class TurnTest(OwnDaemonTestCase):
     """What the daemon does in a turn of its loop, and when."""
 
     def test_STAT_counts_of_the_bus(self) -> None:
-        daemon = self.inside()
+        daemon = self.daemon_in_process()
         daemon.bus.overruns = 5                 # before it connected
-        client, _ = self.connect_inside(daemon)
+        client, _ = self.connect_in_process(daemon)
         daemon.bus.overruns, daemon.bus.bus_offs, daemon.bus.warnings, client.lost = 7, 1, 2, 30
         self.assertEqual(uvscpd.run_command(client, "stat"), "1,2,32,0,0,0,0\r\n+OK\r\n")
 
     def test_lost_events_are_logged_once_per_hour(self) -> None:
-        daemon, client = self.inside_with_client("--buffer", "3")
+        daemon, client = self.daemon_and_client_in_process("--buffer", "3")
         for seconds, count, warnings in ((0, 3, 0), (0, 1, 1), (3599, 2, 0), (2, 1, 1)):
             self.log.clear()
             daemon.now += seconds
@@ -1778,7 +1777,7 @@ class TurnTest(OwnDaemonTestCase):
             daemon.bus.send(number, b"", SENDERS["A"])
 
     def test_frames_gather_under_load(self) -> None:
-        daemon, client = self.inside_with_client()
+        daemon, client = self.daemon_and_client_in_process()
         for number in range(8):                 # the eighth within 20 ms is load
             self.assertEqual((daemon.gather_at, watched(daemon)[0]), (uvscpd.NEVER, True))
             self.frames_come(daemon, 1)
@@ -1795,7 +1794,7 @@ class TurnTest(OwnDaemonTestCase):
         self.assertEqual(len(client.fifo), 12)
 
     def test_nothing_gathers_while_somebody_waits_for_an_answer(self) -> None:
-        daemon, client = self.inside_with_client()
+        daemon, client = self.daemon_and_client_in_process()
         for quiet_s, gathers in ((0.019, False), (0.021, True)):
             daemon.now += 10
             daemon.gather_at = daemon.now + 1
@@ -1813,7 +1812,7 @@ class TurnTest(OwnDaemonTestCase):
             client.fifo.clear()
 
     def test_lone_frame_or_all_in_a_turn(self) -> None:
-        daemon, client = self.inside_with_client()
+        daemon, client = self.daemon_and_client_in_process()
         for since_s, count in ((0.0005, 3), (0.0015, 1)):
             self.frames_come(daemon, 3)
             daemon.now = daemon.bus_read_at + since_s
@@ -1824,8 +1823,8 @@ class TurnTest(OwnDaemonTestCase):
 
     def test_SIGTERM_ends_at_once_when_all_clients_have_gone(self) -> None:
         for with_client in (False, True):
-            daemon = self.inside()
-            client = self.connect_inside(daemon)[0] if with_client else None
+            daemon = self.daemon_in_process()
+            client = self.connect_in_process(daemon)[0] if with_client else None
             daemon.tick()
             self.assertAlmostEqual(daemon.tick_at - daemon.now, 0.5)
             daemon.wake_up_end.send(b"\0")
@@ -1840,7 +1839,7 @@ class TurnTest(OwnDaemonTestCase):
             self.assertEqual(daemon.stop_by, daemon.now)
 
     def test_addresses_of_wrong_logins_are_bounded(self) -> None:
-        daemon, client = self.inside_with_client()
+        daemon, client = self.daemon_and_client_in_process()
         for number in range(1500):
             client.host = f"10.0.{number // 256}.{number % 256}"
             daemon.suspect(client)
@@ -1852,7 +1851,7 @@ class TurnTest(OwnDaemonTestCase):
 
     def test_peer_that_acknowledges_nothing_for_five_minutes(self) -> None:
         for milliseconds, gone in ((299999, False), (300001, True)):
-            daemon, client = self.inside_with_client()
+            daemon, client = self.daemon_and_client_in_process()
             info = bytes(56) + struct.pack("=I", milliseconds) + bytes(4)
             with mock.patch.object(client, "tcp_info", return_value=info):
                 for seconds, closed in ((9, False), (2, gone)):
@@ -1862,8 +1861,8 @@ class TurnTest(OwnDaemonTestCase):
             client.close()
 
     def test_next_tick_is_the_earliest_time(self) -> None:
-        daemon = self.inside()
-        clients = [self.connect_inside(daemon)[0] for _ in range(2)]
+        daemon = self.daemon_in_process()
+        clients = [self.connect_in_process(daemon)[0] for _ in range(2)]
         for client in clients:
             client.lines.append("rcvloop")
             client.turn()
@@ -1873,8 +1872,8 @@ class TurnTest(OwnDaemonTestCase):
         self.assertEqual(daemon.tick_at, clients[1].stream_at)
 
     def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
-        daemon = self.inside()
-        client, other_end = self.connect_inside(daemon)
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
         with mock.patch.object(daemon.bus, "send",
                                side_effect=uvscpd.NoRoom("no room", uvscpd.NEVER)):
             client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
@@ -1888,8 +1887,8 @@ class TurnTest(OwnDaemonTestCase):
             b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
 
     def test_end_of_input_while_a_SEND_waits(self) -> None:
-        daemon = self.inside()
-        client, other_end = self.connect_inside(daemon)
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
         full = uvscpd.NoRoom("full", uvscpd.NEVER)
         with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
             other_end.sendall(b"send 96,20,3,0,,0,-\n")
@@ -1904,15 +1903,15 @@ class TurnTest(OwnDaemonTestCase):
         self.assertTrue(other_end.recv(4096).endswith(b":virtual:\r\n+OK\r\n"))
 
     def test_nothing_is_sent_for_own_events(self) -> None:
-        daemon = self.inside()
-        (client, _), (other, _) = self.connect_inside(daemon), self.connect_inside(daemon)
+        daemon = self.daemon_in_process()
+        (client, _), (other, _) = self.connect_in_process(daemon), self.connect_in_process(daemon)
         with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
             daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
         self.assertEqual((own.called, others.called), (False, True))
 
     def test_clients_that_wait_for_the_bus_give_up_together(self) -> None:
-        daemon = self.inside()
-        clients = [self.connect_inside(daemon)[0] for _ in range(9)]
+        daemon = self.daemon_in_process()
+        clients = [self.connect_in_process(daemon)[0] for _ in range(9)]
         full = uvscpd.NoRoom("full", uvscpd.NEVER)
         with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
             for client in clients:
@@ -1990,7 +1989,7 @@ class ClientIdTest(OwnDaemonTestCase):
         self.assertTrue(before <= int(match[1]) <= time.time_ns(), line)
 
     def test_id_after_65535(self) -> None:
-        daemon = self.inside("-g", self.BASE)
+        daemon = self.daemon_in_process("-g", self.BASE)
         daemon.last_id = 0xFFFE
         daemon.clients = {mock.Mock(channel_id=number): None for number in (2, 3)}
         self.assertEqual([daemon.next_channel_id() for _ in range(3)], [0xFFFF, 1, 4])
@@ -2021,7 +2020,7 @@ class DiscoveryTest(OwnDaemonTestCase):
             if "::1" in arguments and not ipv6_works():
                 continue
             with self.subTest(arguments, data=data):
-                daemon = self.inside(*arguments)
+                daemon = self.daemon_in_process(*arguments)
                 daemon.bus.send(0x0C001B05, data, SENDERS["A"])
                 daemon.pump(1)
                 self.assertEqual([frame[:2] for frame in daemon.bus.read(9)[0]], [
@@ -2029,7 +2028,7 @@ class DiscoveryTest(OwnDaemonTestCase):
                      + daemon.listener.getsockname()[1].to_bytes(2, "big"))] if address else [])
 
     def test_ten_answers_a_second(self) -> None:
-        daemon = self.inside("--answer-probes")
+        daemon = self.daemon_in_process("--answer-probes")
         for now, answers in ((100.0, 10), (100.99, 0), (101.0, 10), (200.0, 10)):
             daemon.now = now
             for _ in range(30):
@@ -2952,7 +2951,7 @@ class KernelTestCase(unittest.TestCase):
         """Type and data of all events that are buffered for a client."""
         *lines, final = peer.ask("retr 100000")
         self.assertEqual(final, "-OK - No event(s) available")
-        return [content(line) for line in lines]
+        return [type_and_data(line) for line in lines]
 
     def stat(self, peer: Peer) -> list[int]:
         return [int(number) for number in peer.ask("stat")[0].split(",")]
@@ -2970,7 +2969,7 @@ class KernelTestCase(unittest.TestCase):
             peer.ask("clra")
         for sender in [*peers, None] * 3:
             if sender:
-                say(sender, event(7))
+                say(sender, send_line(7))
             else:
                 node.send(7)
             self.assertEqual([self.retrieve(peer) for peer in peers],
@@ -3031,7 +3030,7 @@ class FramesTest(KernelTestCase):
         peers = [self.connect() for _ in range(4)]
         listener, other = self.node(listening=True), self.node()
         for number, peer in enumerate(peers):
-            peer.send(*(event(number, count) for count in range(100)))
+            peer.send(*(send_line(number, count) for count in range(100)))
         for count in range(100):
             other.send(4, count)
         for peer in peers:
@@ -3067,7 +3066,7 @@ class FramesTest(KernelTestCase):
         a, node = self.connect(), self.node()
         for command, *replies in (
                 ("cdta", "3 ", "+OK"), ("clra", "+OK ..."), ("cdta", "3 ", "+OK"),
-                ("retr 6", *(seen(1, number) for number in (0, 1, 2) * 2), "+OK"),
+                ("retr 6", *(event_line(1, number) for number in (0, 1, 2) * 2), "+OK"),
                 ("sflt 0,0,9,::0", "+OK"), ("smsk 0,0,0xFF,::0", "+OK")):
             with self.daemon.paused():
                 for number in range(3):
@@ -3086,8 +3085,8 @@ class FramesTest(KernelTestCase):
         for number in range(2000):          # 1,000 frames/s of 8 bytes are 125 kbit/s
             time.sleep(max(0.0, start + number / 1000 - time.monotonic()))
             node.send(*divmod(number, 256), 2, 3, 4, 5, 6, 7, 8)
-        streams = [event_lines(peer, 2000) for peer in peers]
-        self.assertEqual([content(line)[:2] for line in streams[0]],
+        streams = [next_events(peer, 2000) for peer in peers]
+        self.assertEqual([type_and_data(line)[:2] for line in streams[0]],
                          [divmod(number, 256) for number in range(2000)])
         self.assertEqual(streams, [streams[0]] * 5)
 
@@ -3100,7 +3099,7 @@ class SendersTest(KernelTestCase):
         self.assert_senders_known(*peers)
         for code in (uvscpd.ERR_BUSOFF, uvscpd.ERR_RESTARTED) * 10:
             for peer in peers:
-                peer.send(event(7), event(7), event(8))
+                peer.send(send_line(7), send_line(7), send_line(8))
             node.send(7)
             node.send_error(code)           # frames under way may be lost now
         for peer in peers:
@@ -3131,7 +3130,7 @@ class SendersTest(KernelTestCase):
     def test_interface_goes_down_or_away_during_SENDs(self) -> None:
         a, b, c = (self.connect() for _ in range(3))
         for go, come in ((self.go_down, self.go_up), (self.unplug, self.plug_in)):
-            a.send(*[event(7)] * 400)
+            a.send(*[send_line(7)] * 400)
             a.expect(*["+OK"] * 50)
             go()
             sent = 50 + [a.read_line() for _ in range(350)].count("+OK")
@@ -3164,7 +3163,7 @@ class InterfaceTest(KernelTestCase):
             if go:
                 go()
             for peer in (a, b):
-                say(peer, f"{event(1)} | -OK - {reason}")
+                say(peer, f"{send_line(1)} | -OK - {reason}")
             trouble = reason.partition(", try")[0]
             say(b, f'info | 4,{code},0,"{trouble}" | +OK')
             self.connect(f"+OK - waiting for vcan7: {os.strerror(code)}")
@@ -3173,9 +3172,9 @@ class InterfaceTest(KernelTestCase):
             come()
             self.await_state(b, "OK")
             self.node().send(1, 2)
-            say(b, event(3))
-            a.expect(seen(1, 2), seen(3))
-            say(a, event(4))
+            say(b, send_line(3))
+            a.expect(event_line(1, 2), event_line(3))
+            say(a, send_line(4))
             self.assertEqual(self.retrieve(b), [(1, 2), (4,)])
             log += [f"<4>{reason}", f"<6>vcan7: the bus is back, was: {trouble}"]
             self.await_log(log)
@@ -3203,7 +3202,7 @@ class BusStateTest(KernelTestCase):
             node.send_error(uvscpd.ERR_ACK)
             self.await_state(a, "nobody acknowledges")
             if sender is a:
-                say(a, event(1))
+                say(a, send_line(1))
             else:
                 node.send(1)
             self.await_state(a, "OK")
@@ -3217,7 +3216,7 @@ class BusStateTest(KernelTestCase):
         for _ in range(2):
             a.ask("cdta")                   # makes the daemon read what the kernel holds
             self.await_state(a, "OK")
-            say(a, event(1))
+            say(a, send_line(1))
 
     def test_interface_deleted_and_added_at_once(self) -> None:
         a = self.connect()
@@ -3225,7 +3224,7 @@ class BusStateTest(KernelTestCase):
             self.unplug()
             self.plug_in()
         self.await_state(a, "OK")
-        say(a, event(1))
+        say(a, send_line(1))
         self.await_log([f"<4>{InterfaceTest.MISSING}",
                         "<6>vcan7: the bus is back, was: interface vcan7: No such device"])
 
@@ -3267,7 +3266,7 @@ class BurstTest(KernelTestCase):
         node.send(255)
         events = {a: self.retrieve(a), c: []}
         while events[c][-1:] != [(255,)]:
-            events[c] += map(content, event_lines(c, 1))
+            events[c] += map(type_and_data, next_events(c, 1))
         for peer, got in events.items():
             self.assertEqual(len(got) + self.stat(peer)[2], FLOOD + 1)
             self.assertEqual(got, sorted(got))
@@ -3334,7 +3333,7 @@ class SerialLineTest(KernelTestCase):
     def test_slow_bus(self) -> None:
         a, b = self.connect(), self.connect()
         events = [divmod(number, 256) for number in range(300)]
-        a.send(*(event(*each) for each in events))
+        a.send(*(send_line(*each) for each in events))
         frames = self.take(100)
         say(b, "noop")                                      # while A waits for room
         for _ in range(200):
@@ -3348,7 +3347,7 @@ class SerialLineTest(KernelTestCase):
         peers = [self.connect() for _ in range(12)]
         with self.daemon.paused():
             for number, peer in enumerate(peers):
-                peer.send(*(event(number, count) for count in range(60)))
+                peer.send(*(send_line(number, count) for count in range(60)))
         order: list[int] = []
         with contextlib.suppress(AssertionError):           # if some were refused
             while len(order) < 12 * 60:
@@ -3365,21 +3364,21 @@ class SerialLineTest(KernelTestCase):
         a, b, c = (self.connect() for _ in range(3))
         refusal = f"-OK - {self.name} takes no more frames: ..."
         start = time.monotonic()
-        a.send(*(event(1, number) for number in range(14)))
+        a.send(*(send_line(1, number) for number in range(14)))
         sent = 0
         while a.read_line() == "+OK":
             sent += 1
         self.assertGreaterEqual(sent, 5)                    # what waits for the adapter
         with idle(self.daemon):
-            b.send(event(2), "noop")
+            b.send(send_line(2), "noop")
             b.expect(refusal, "+OK")
             a.expect(*[refusal] * (13 - sent))
         self.assertGreater(time.monotonic() - start, 0.9 * (14 - sent))
-        a.send(event(3))
+        a.send(send_line(3))
         frames = [*((1, number) for number in range(sent)), (3,)]
         self.assertEqual(self.take(sent + 1), frames)
         a.expect("+OK")
-        a.ask(event(4))
+        a.ask(send_line(4))
         self.assertEqual(self.take(1), [(4,)])      # and none that was refused
         self.assertEqual(self.retrieve(c), [*frames, (4,)])
 
@@ -3387,18 +3386,18 @@ class SerialLineTest(KernelTestCase):
         a, b = self.connect(), self.connect()
         self.put("sb256256")
         self.await_state(a, "bus off")
-        say(a, f"{event(1)} | -OK - bus off, try: ...")
+        say(a, f"{send_line(1)} | -OK - bus off, try: ...")
         advice = a.heard[-1].partition(", try: ")[2]
         # The controller has recovered, but until the interface has been down, Linux drops frames
         # instead of giving them to it.
         self.put("sa000000", "T0C1402053000123")
         b.await_events(1)
-        say(a, f"{event(1)} | -OK - ...")
+        say(a, f"{send_line(1)} | -OK - ...")
         shell(advice)
         self.await_state(a, "OK")
-        say(a, event(3))
+        say(a, send_line(3))
         self.assertEqual(self.take(1), [(3,)])
-        say(b, f"retr 2 | 96,20,2,0,*,#,::5,0,1,35 | {seen(3)} | +OK")
+        say(b, f"retr 2 | 96,20,2,0,*,#,::5,0,1,35 | {event_line(3)} | +OK")
 
 
 @needs_ci_kernel
@@ -3453,13 +3452,13 @@ class UnderWayTest(KernelTestCase):
             for each in events:
                 with Peer(self.daemon.port) as sender:
                     sender.expect("...", "...", "+OK - ...")
-                    say(sender, *(line.format(event(*each)) for line in manner))
+                    say(sender, *(line.format(send_line(*each)) for line in manner))
                 got += self.arrived(first)[0]
             with self.subTest(manner):
                 self.assertEqual(got, events)
             other = self.connect()          # and the same from somebody who stays
             for each in events:
-                say(other, event(*each))
+                say(other, send_line(*each))
             with self.subTest(manner, then="another one"):
                 self.assertEqual(self.arrived(first, other), [events, []])
             other.__exit__()
@@ -3469,11 +3468,11 @@ class UnderWayTest(KernelTestCase):
         a, b, c = (self.connect() for _ in range(3))
         for _ in range(6):
             for peer, vscp_type in ((a, 7), (b, 8)):
-                self.await_sent(peer, event(vscp_type))
+                self.await_sent(peer, send_line(vscp_type))
             self.go_down()
             self.go_up()
             for peer, vscp_type in ((a, 7), (b, 8)):
-                peer.ask(event(vscp_type))
+                peer.ask(send_line(vscp_type))
             self.go_down()
             self.go_up()
             self.await_state(a, "OK")
@@ -3481,7 +3480,7 @@ class UnderWayTest(KernelTestCase):
                 peer.ask("clra")
             # A daemon that still waited for the lost frames would take these for them.
             for peer, vscp_type in ((b, 7), (a, 8)):
-                self.await_sent(peer, event(vscp_type))
+                self.await_sent(peer, send_line(vscp_type))
             self.assertEqual(self.arrived(a, b, c), [[(7,)], [(8,)], [(7,), (8,)]])
 
     def test_clock_is_set(self) -> None:
@@ -3492,8 +3491,8 @@ class UnderWayTest(KernelTestCase):
                                                    time.monotonic() + ahead_s))
         for step_s in (-2, 60):
             for number in range(10):
-                say(a, event(1, number))
-                say(b, event(2, number))
+                say(a, send_line(1, number))
+                say(b, send_line(2, number))
             time.clock_settime(time.CLOCK_REALTIME, time.time() + step_s)
             ones, twos, both = self.arrived(b, a, c)
             with self.subTest(step_s):
@@ -3516,7 +3515,7 @@ class UnderWayTest(KernelTestCase):
         for batch in range(4):              # as many as may be under way on a real bus
             events = [(number % 3, batch, number) if number % 4 else (9,) for number in range(45)]
             for number, each in enumerate(events):
-                say(peers[number % 3], event(*each))
+                say(peers[number % 3], send_line(*each))
             for number, peer in enumerate(peers):
                 wanted = [each for i, each in enumerate(events) if i % 3 != number]
                 peer.await_events(len(wanted))
@@ -3539,11 +3538,11 @@ class NoCarrierTest(KernelTestCase):
         a, b = self.connect("+OK - ..."), self.connect("+OK - ...")
         for _ in range(2):
             self.await_state(a, "...", "[34]")
-            say(a, f"{event(1)} | -OK - ...")
+            say(a, f"{send_line(1)} | -OK - ...")
             set_up("vxcan8", True)
             self.await_state(a, "OK")
             node = self.node("vxcan8", listening=True)
-            say(a, event(2))
+            say(a, send_line(2))
             self.assertEqual(node.receive(1), [(2,)])
             self.assertEqual(self.retrieve(b), [(2,)])
             set_up("vxcan8", False)
@@ -3585,7 +3584,7 @@ class HintTest(OwnDaemonTestCase):
             daemon = self.start("-c", name)
             with Peer(daemon.port) as peer:
                 peer.expect("...", "...", f"+OK - waiting for {name}: ...")
-                for where, text in (("reply", peer.ask(event(1))[0]), ("log", daemon.stop())):
+                for where, text in (("reply", peer.ask(send_line(1))[0]), ("log", daemon.stop())):
                     with self.subTest(name, where=where):
                         self.assertRegex(text, told)
                         self.assertNotIn(not_told, text)
@@ -3604,7 +3603,7 @@ class HintTest(OwnDaemonTestCase):
             """))
             with self.subTest(text), Peer(daemon.port) as peer:
                 peer.expect("...", "...", f"+OK - waiting for can7: {os.strerror(code)}")
-                say(peer, f'info | 4,{code},0,"{text}" | +OK', f"{event(1)} | -OK - {hint}")
+                say(peer, f'info | 4,{code},0,"{text}" | +OK', f"{send_line(1)} | -OK - {hint}")
                 self.assertEqual(daemon.stop().count(f"{hint}\n"), 1)
 
 
@@ -3812,7 +3811,7 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertLess(used[-1] - used[0], MEGABYTE)   # the lines of two rounds are 2.2 MB
 
     def test_keepalive_notices_a_vanished_client(self) -> None:
-        client, _ = self.connect_inside(self.inside())
+        client, _ = self.connect_in_process(self.daemon_in_process())
         # A client is gone after 60 + 4 * 15 s without an acknowledgement, not for reading slowly.
         for option, value in (("NODELAY", 1), ("KEEPIDLE", 60), ("KEEPINTVL", 15), ("KEEPCNT", 4),
                               ("USER_TIMEOUT", 0)):
@@ -3860,10 +3859,10 @@ class TroubleTest(OwnDaemonTestCase):
         observer, *senders = (self.connect(daemon) for _ in range(6))
         say(observer, "rcvloop")
         for number, peer in enumerate(senders):
-            peer.send(*(event(number, count) for count in range(60)), "chid")
+            peer.send(*(send_line(number, count) for count in range(60)), "chid")
         for peer in senders:
             peer.expect(*["+OK"] * 60, "0", "+OK")
-        events = [content(line) for line in event_lines(observer, 300)]
+        events = [type_and_data(line) for line in next_events(observer, 300)]
         for number in range(5):         # of each sender all, in its order
             self.assertEqual([each for each in events if each[0] == number],
                              [(number, count) for count in range(60)])
@@ -3873,8 +3872,8 @@ class TroubleTest(OwnDaemonTestCase):
                         min(len(order) - order[::-1].index(number) for number in range(5)))
 
     def test_client_reset_while_its_command_takes_events_in(self) -> None:
-        daemon = self.inside()
-        client, other_end = self.connect_inside(daemon)
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
         daemon.now += 1
         client.stream_at = daemon.now
         other_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -3887,8 +3886,8 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertEqual(len(daemon.bus.read(9)[0]), 1)     # its SEND has run all the same
 
     def test_no_events_after_QUIT(self) -> None:
-        daemon = self.inside("--buffer", "9")
-        client, other_end = self.connect_inside(daemon)
+        daemon = self.daemon_in_process("--buffer", "9")
+        client, other_end = self.connect_in_process(daemon)
         with other_end, other_end.makefile("rb") as replies:
             client.fifo.extend(["an event\r\n"] * 9)
             client.lines.extend(["retr 2", "rcvloop", "quit"])
@@ -3902,8 +3901,8 @@ class TroubleTest(OwnDaemonTestCase):
             self.assertEqual(heard.count(b"an event"), 2)
 
     def test_slow_reader_that_leaves_has_time(self) -> None:
-        daemon = self.inside()
-        client, other_end = self.connect_inside(daemon)
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
         while not client.output:                # until the connection takes no more
             client.write("x" * 60000 + "\n")
             client.flush()
@@ -3921,8 +3920,8 @@ class TroubleTest(OwnDaemonTestCase):
             self.assertEqual(client.closed, closed)
 
     def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
-        daemon = self.inside("--buffer", "100000")
-        client, other_end = self.connect_inside(daemon)
+        daemon = self.daemon_in_process("--buffer", "100000")
+        client, other_end = self.connect_in_process(daemon)
         client.stream_at = daemon.now
         lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
         while len(client.fifo) < 50000:
@@ -3938,8 +3937,8 @@ class TroubleTest(OwnDaemonTestCase):
         self.assertEqual(client.stream_at, uvscpd.NEVER)
 
     def test_too_many_linger_and_the_longest_is_dropped(self) -> None:
-        daemon = self.inside("--max-clients", "200")
-        clients = [self.connect_inside(daemon)[0] for _ in range(uvscpd.MAX_LEAVING + 2)]
+        daemon = self.daemon_in_process("--max-clients", "200")
+        clients = [self.connect_in_process(daemon)[0] for _ in range(uvscpd.MAX_LEAVING + 2)]
         clients[0].output += b"not yet sent"
         for number, client in enumerate(clients):
             self.assertEqual([each.closed for each in clients].index(True) if number > 100 else 0,
@@ -4267,7 +4266,7 @@ def run_floor(interface: str) -> None:
     id_text: dict[int, tuple[str, str]] = {}
     date_text: dict[int, str] = {}
 
-    def event_line(frame: bytes, stamp: bytes) -> str:
+    def line_of(frame: bytes, stamp: bytes) -> str:
         can_id, length, data = frame_struct.unpack(frame)
         seconds, nanoseconds = time_struct.unpack(stamp)
         if can_id not in id_text:
@@ -4297,7 +4296,7 @@ def run_floor(interface: str) -> None:
                     frame, ((_, _, stamp),), _, _ = source.recvmsg(16, 64)
                 except BlockingIOError:
                     break
-                lines.append(event_line(frame, stamp))
+                lines.append(line_of(frame, stamp))
             block = "".join(lines).encode()
             for client in clients:
                 client.sendall(block)
