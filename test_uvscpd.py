@@ -11,7 +11,7 @@
     python3 test_uvscpd.py bench [IFACE [SECONDS]]  a table of figures
 
 A test of a command is a transcript of what clients A, B ... send and get. To add one,
-write lines like these into TRANSCRIPTS of CommandTest:
+write lines like these into TRANSCRIPTS of CommandTest; each title becomes a test:
 
     test_SGID_then_GGID
         A> sgid ::5
@@ -27,8 +27,26 @@ The letter may be missing if there is only one client. `*` stands for a date and
 GUID of zeros that ends with 5, ` $` for a space at the end of a line, and `(closed)`
 for the end of the connection. Successive `>` lines of one client go in one packet,
 unless a blank line stands between them. Who is still connected at the end, quits.
-Each transcript runs in four ways (DaemonTestCase.play); if arguments stand behind its
-title, on a daemon of its own.
+
+Three verbs play such lines:
+
+    self.play(transcript)       in four ways, each with new clients: line by line, packet
+                                by packet, byte by byte, and with more lines after QUIT.
+                                Each test in TRANSCRIPTS does this; if arguments stand
+                                after its title, on a daemon of its own
+    talk(transcript, a, b)      once, with these connected clients as A and B
+    peer.say("rcvloop ; chid | 0 | +OK")        once, what may stand after a `>`
+
+`peer.ask("stat")` returns the lines of a reply, for a test that has to take them apart.
+
+A test of timing, or of what cannot be provoked from outside, runs a daemon in the test's
+own process. Such a daemon does only what the test calls, and its clock stands still:
+`daemon.now += 2; daemon.tick()`; what the bus or the kernel would do is replaced by
+`mock`. TurnTest has examples.
+
+A test of the kernel is a method of a KernelTestCase. It gets an interface of its own and
+a daemon on that; it can take the interface down (go_down) or away (unplug), and be
+another program on it (node). These tests need root and UVSCPD_TEST_CAN.
 
 The sections are those of uvscpd.py, in its order, then the files, a real kernel,
 abuse, and the long runs. A test that changes the whole machine, its clock for one,
@@ -187,9 +205,7 @@ class DaemonProcess:
 
     def connect(self, host: str = "127.0.0.1", source: str = "") -> Peer:
         """A client that has been greeted."""
-        peer = Peer(self.port, host, source)
-        peer.expect("uvscpd.py ...", "...", f"+OK - Success, connected to {BUS}")
-        return peer
+        return Peer(self.port, host, source).greeted()
 
     def stop(self, number: int = signal.SIGTERM) -> str:
         """End it; returns its log. Fails if the log has a traceback or the status is not 0."""
@@ -260,8 +276,19 @@ class Peer:
         self.signs_of_life += 1
         return self.signs_of_life <= (time.monotonic() - self.since) // uvscpd.SIGN_OF_LIFE_S
 
+    def greeted(self, bus: str = BUS, trouble: str = "") -> Peer:
+        """This client, when it has read the greeting of a daemon on this bus."""
+        state = f"waiting for {bus}: {trouble}" if trouble else f"Success, connected to {bus}"
+        self.expect("uvscpd.py ...", "...", f"+OK - {state}")
+        return self
+
+    def say(self, *lines: str) -> None:
+        """Play `>` lines of this client, each in one packet: `rcvloop ; chid | 0 | +OK`."""
+        for line in lines:
+            exchange(self, parse_line(f"> {line}"))
+
     def ask(self, command: str) -> list[str]:
-        """All lines of the reply to a command."""
+        """All lines of the reply to a command, as they come."""
         self.send(command)
         reply = [self.read_line()]
         while not reply[-1].startswith(("+OK", "-OK", "(")):
@@ -352,7 +379,7 @@ AFTER_QUIT = "noop\nsend 0,511,255,0,,0,-,1\nhelp\n\0\xff\nquit\nno line end"
 
 
 def exchange(peer: Peer, packet: list[Step], way: str = "packets") -> None:
-    """Play one packet, in one of the ways of DaemonTestCase.play."""
+    """The common part of play, talk and say: play one packet in one of the ways of play."""
     if packet[0].what == "=":
         peer.await_events(int(packet[0].text))
     elif way == "lines":
@@ -373,11 +400,6 @@ def talk(transcript: str, *peers: Peer) -> None:
     for packet in map(parse_line, transcript.split("\n")):
         if packet:
             exchange(peers["ABCDEF".find(packet[0].who)], packet)
-
-
-def say(peer: Peer, *lines: str) -> None:
-    """Play `>` lines of one client, each in one packet: `rcvloop ; chid | 0 | +OK`."""
-    talk("\n".join(f"A> {line}" for line in lines), peer)
 
 
 class DaemonTestCase(unittest.TestCase):
@@ -554,7 +576,7 @@ class NarrowPeer(Peer):
 
     def __init__(self, port: int) -> None:
         super().__init__(port)
-        self.expect("uvscpd.py ...", "...", "+OK - ...")
+        self.greeted()
 
     def dial(self, address: tuple[str, int], _source: str) -> socket.socket:
         sock = socket.socket()
@@ -578,9 +600,8 @@ class SimulatedNode:
     def __init__(self, port: int, nickname: int) -> None:
         self.nickname = nickname
         self.guid = bytes([255] * 8 + list(range(1, 8)) + [nickname])
-        self.peer = Peer(port)
-        self.peer.expect("uvscpd.py ...", "...", "+OK - ...")
-        self.peer.ask("rcvloop")
+        self.peer = Peer(port).greeted()
+        self.peer.say("rcvloop")
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -845,7 +866,7 @@ class EventTest(DaemonTestCase):
     def test_time_of_an_event(self) -> None:
         a, b = self.connect(), self.connect()
         before = int(time.time())
-        b.ask("send 96,20,3,0,2001-01-01T00:00:00,1,-")
+        b.say("send 96,20,3,0,2001-01-01T00:00:00,1,-")
         a.await_events(1)
         fields = a.ask("retr")[0].split(",")
         seconds = timegm(time.strptime(fields[4], "%Y-%m-%dT%H:%M:%SZ"))
@@ -1162,8 +1183,8 @@ class ClientTest(DaemonTestCase):
     def test_what_the_Cpp_client_sends_first(self) -> None:
         with Peer(self.daemon.port) as peer:            # it does not wait for the greeting
             peer.send("user ", "pass ", "vers ")
-            peer.expect("uvscpd.py ...", "...", f"+OK - Success, connected to {BUS}",
-                        "+OK - no user configured", "+OK - no password configured",
+            peer.greeted()
+            peer.expect("+OK - no user configured", "+OK - no password configured",
                         "1,0,0,0", "+OK")
 
     def test_half_closed_after_commands(self) -> None:
@@ -1178,7 +1199,7 @@ class ClientTest(DaemonTestCase):
         peer, other = self.connect(), self.connect()
         peer.send(*["help"] * 6000, "quit")             # megabytes, more than a connection holds
         for _ in range(300):
-            self.assertEqual(other.ask("noop"), ["+OK"])        # and others do not wait
+            other.say("noop")           # and others do not wait
         lines = peer.file.read().split(b"\r\n")
         self.assertEqual(len(lines), 6000 * (len(ROWS) + 1) + 2)
         self.assertEqual(lines[-2:], [b"+OK - bye", b""])
@@ -1197,10 +1218,10 @@ class ClientTest(DaemonTestCase):
         for _ in range(10):
             Peer(self.daemon.port).__exit__()
         a, b = self.connect(), self.connect()
-        a.ask("rcvloop")
+        a.say("rcvloop")
         a.send("help")
         a.reset()
-        talk("> send 96,20,3,0,,0,-\n" * 10, b)
+        b.say(*["send 96,20,3,0,,0,-"] * 10)
 
 
 # =============================================================================
@@ -1416,21 +1437,21 @@ class ReceiveLoopTest(DaemonTestCase):
         talk("A> rcvloop\nB> rcvloop ; quitloop\nC> rcvloop ; quitloop", *peers)
         for _ in range(100):            # a moment, so that the times of C's loops differ
             again.ask("help")
-        self.assertEqual(again.ask("rcvloop"), ["+OK"])
+        again.say("rcvloop")
         for seconds in (2, 4):
             for peer in (again, in_loop):
                 self.assertEqual(peer.read_line(), "+OK")
                 self.assertGreaterEqual(time.monotonic() - begin, seconds - 0.01)
                 peer.signs_of_life += 1
-        self.assertEqual(out_of_loop.ask("chid"), ["0", "+OK"])
-        talk("> chid | 0 | +OK", again)
+        self.assertEqual(out_of_loop.ask("chid"), ["0", "+OK"])     # nothing came before
+        again.say("chid | 0 | +OK")
 
     def test_each_reply_is_one_write(self) -> None:
         a, b = self.connect(), self.connect()
         if not a.segments():
             self.skipTest("this kernel does not count segments")
         for number in range(3):
-            b.ask(f"send 96,20,{number},0,,0,-")
+            b.say(f"send 96,20,{number},0,,0,-")
         a.await_events(3)
         # RCVLOOP's +OK is a write of its own: a real client loses events that come with it.
         for command, lines, writes in (("vers", 2, 1), ("retr 2", 3, 1),
@@ -1523,7 +1544,7 @@ class AccessTest(OwnDaemonTestCase):
             a.send(f"user {name}", f"pass hunter{number}")
         a.send("user Admin")
         # Another address is served meanwhile.
-        talk("> user Admin ; pass secRet ; chid | 0 | +OK", b)
+        b.say("user Admin ; pass secRet ; chid | 0 | +OK")
         with contextlib.suppress(BlockingIOError):
             replies = a.sock.recv(1000, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             self.assertLess(replies.count(b"\n"), 10)
@@ -1547,7 +1568,8 @@ class AccessTest(OwnDaemonTestCase):
             for peer in peers[5:-1]:                    # they do not wait for their answers
                 peer.sock.shutdown(socket.SHUT_RDWR)
         for peer in (*peers[:5], peers[-1]):
-            peer.expect("...", "...", "+OK...", "+OK", "+OK" if peer is peers[-1] else WRONG)
+            peer.greeted()
+            peer.expect("+OK", "+OK" if peer is peers[-1] else WRONG)
         self.assertGreaterEqual(time.monotonic() - begin, 2.5 - 0.01)
 
     def test_no_log_in_within_30_s(self) -> None:
@@ -1583,9 +1605,8 @@ class AccessTest(OwnDaemonTestCase):
 
     def test_users_file_of_a_relative_name_detached(self) -> None:
         name = os.path.join("..", os.path.relpath(self.file("a b"), tempfile.gettempdir()))
-        with self.detached("--users", name) as (port, _), Peer(port) as peer:
-            peer.expect("...", "...", "+OK...")
-            talk(f"> cdta | {NOT_ALLOWED}\n> user a ; pass b ; cdta | 0 $ | +OK", peer)
+        with self.detached("--users", name) as (port, _), Peer(port).greeted() as peer:
+            peer.say(f"cdta | {NOT_ALLOWED}", "user a ; pass b ; cdta | 0 $ | +OK")
 
     def test_who_may_use_the_bus_is_logged(self) -> None:
         everything = "clients may do everything without logging in"
@@ -1612,7 +1633,7 @@ class AccessTest(OwnDaemonTestCase):
             daemon = self.start("-U", "a", "-P", "b", "--guest", guest, "-g", ClientIdTest.BASE)
             a, b = self.connect(daemon), self.connect(daemon)
             self.assertEqual(len(a.ask("interface")), 1 + count)
-            talk("> user a ; pass b", b)
+            b.say("user a ; pass b")
             self.assertEqual(len(b.ask("interface")), 4)
 
 
@@ -1674,7 +1695,7 @@ class FanOutTest(DaemonTestCase):
 
     def test_events_from_before_the_connection(self) -> None:
         a = self.connect()
-        a.ask("send 96,20,1,0,,0,-")
+        a.say("send 96,20,1,0,,0,-")
         talk("""
             A> send 96,20,2,0,,0,-
             B= 1
@@ -1689,19 +1710,19 @@ class FanOutTest(DaemonTestCase):
                 (["retr"], [event, "+OK"]),
                 (["clra", "cdta"], ["+OK - All events cleared.", "0 ", "+OK"]),
                 (["sflt 0,21,0,::0", "smsk 0,0xFFFF,0,::0", "cdta"], ["+OK", "+OK", "1 ", "+OK"])):
-            b.ask("noop")               # or epoll still has A, which would be served first
+            b.say("noop")               # or epoll still has A, which would be served first
             with self.daemon.paused():
                 b.send("send 96,20,1,0,,0,-")
                 a.send(*commands)
             b.expect("+OK")
             a.expect(*replies)
-        b.ask("noop")
+        b.say("noop")
         with self.daemon.paused():
             b.send("send 96,20,1,0,,0,-")
             late = Peer(self.daemon.port)
         with late:
-            late.expect("...", "...", "+OK - ...")
-            self.assertEqual(late.ask("cdta"), ["0 ", "+OK"])
+            late.greeted()
+            late.say("cdta | 0 $ | +OK")
 
     def test_many_events_in_order(self) -> None:
         events = [(number % 256, number // 256) for number in range(600)]
@@ -1719,16 +1740,16 @@ class ConnectionTest(OwnDaemonTestCase):
             with Peer(daemon.port) as refused:
                 refused.send("user ", "pass ", "vers ")     # which must not cost it the answer
                 refused.expect("-OK - Max number of clients connected.", "(closed)")
-        talk("> quit | +OK - bye | (closed)", peers[0])
+        peers[0].say("quit | +OK - bye | (closed)")
         for peer in (self.connect(daemon), peers[1]):
-            self.assertEqual(peer.ask("noop"), ["+OK"])
+            peer.say("noop")
 
     def test_ALLOW(self) -> None:
         # On the socket for both, an IPv4 client counts as IPv4.
         for allow, good, bad in (("127.0.0.0/8", "127.0.0.1", "::1"), ("::1", "::1", "127.0.0.1")):
             daemon = self.start("--allow", allow, ip="")
             if good == "127.0.0.1" or ipv6_works():
-                self.assertEqual(self.connect(daemon, good).ask("noop"), ["+OK"])
+                self.connect(daemon, good).say("noop")
             if bad == "127.0.0.1" or ipv6_works():
                 with Peer(daemon.port, bad) as peer:
                     peer.expect("-OK - Invalid or unknown peer.", "(closed)")
@@ -1942,7 +1963,7 @@ class ClientIdTest(OwnDaemonTestCase):
         daemon = self.start("-g", self.BASE)
         a, b, c = peers = [self.connect(daemon) for _ in range(3)]
         for number, peer in enumerate(peers, 1):
-            talk(f"> chid | {number} | +OK\n> ggid | {self.BASE}:0:{number}:0:0 | +OK", peer)
+            peer.say(f"chid | {number} | +OK", f"ggid | {self.BASE}:0:{number}:0:0 | +OK")
         # The id is the obid. A mirrored event may be meant for A's GUID or for the interface's.
         # Event lines have the interface's GUID, whatever SGID says; filters compare with that.
         interface = f"{self.BASE}:0:0:0"
@@ -1965,7 +1986,7 @@ class ClientIdTest(OwnDaemonTestCase):
         d = self.connect(daemon)                            # its id is not B's, which is free
         clients = " | ".join(f"{number},4,{self.BASE}:0:{number}:0:0,{peer.name}|Started *"
                              for number, peer in ((1, a), (3, c), (4, d)))
-        talk(f"> interface | 0,2,{interface}:0,{BUS}|Started * | {clients} | +OK", d)
+        d.say(f"interface | 0,2,{interface}:0,{BUS}|Started * | {clients} | +OK")
 
     def test_sixteen_bytes(self) -> None:
         daemon = self.start("-g", f"{self.BASE}:5:6:7:8")
@@ -1981,7 +2002,7 @@ class ClientIdTest(OwnDaemonTestCase):
         daemon = self.start("--ns-timestamps")
         a, b = self.connect(daemon), self.connect(daemon)
         before = time.time_ns()
-        a.ask("send 96,20,3,0,,0,::5,1")
+        a.say("send 96,20,3,0,,0,::5,1")
         b.await_events(1)
         line = b.ask("retr")[0]
         match = re.fullmatch(r"352,20,3,0,,(\d+),(0:){15}5,1", line)
@@ -2400,12 +2421,10 @@ class ArgumentTest(OwnDaemonTestCase):
         daemon = self.start("@" + name)
         with open(f"/proc/{daemon.process.pid}/cmdline", "rb") as cmdline:
             self.assertNotIn(b"secRet", cmdline.read())
-        talk(f"""
-            > restart | {NOT_ALLOWED}
-            > user admin ; pass secRet | {WRONG}
-            > user Admin ; pass secRet ; restart | {ALLOWED}
-            > ggid | 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10 | +OK
-        """, self.connect(daemon))
+        self.connect(daemon).say(
+            f"restart | {NOT_ALLOWED}", f"user admin ; pass secRet | {WRONG}",
+            f"user Admin ; pass secRet ; restart | {ALLOWED}",
+            "ggid | 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10 | +OK")
 
     def assert_machine_guid(self, kind: str, addresses: set[bytes]) -> None:
         """The GUID has one of these addresses; if there are none, it is a bad argument."""
@@ -2468,7 +2487,7 @@ class ProcessTest(OwnDaemonTestCase):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             daemon = self.start()
             peers = [self.connect(daemon) for _ in range(3)]
-            peers[0].ask("rcvloop")
+            peers[0].say("rcvloop")
             peers[1].sock.sendall(b"noop\nno line end")
             peers[1].expect("+OK")
             log = daemon.stop(number)           # checks the exit status
@@ -2483,7 +2502,7 @@ class ProcessTest(OwnDaemonTestCase):
         deaf, peer = NarrowPeer(daemon.port), self.connect(daemon)
         self.addCleanup(deaf.__exit__)
         deaf.sock.sendall(b"help\n" * 300)
-        self.assertEqual(peer.ask("noop"), ["+OK"])
+        peer.say("noop")
         with daemon.paused():
             peer.send(*["noop"] * 5)
             daemon.process.send_signal(signal.SIGTERM)
@@ -2511,7 +2530,7 @@ class ProcessTest(OwnDaemonTestCase):
         peer = self.connect(daemon)
         daemon.process.send_signal(signal.SIGHUP)
         for _ in range(2):
-            self.assertEqual(peer.ask("noop"), ["+OK"])
+            peer.say("noop")
 
     def test_cannot_start(self) -> None:
         port = str(self.start().port)
@@ -2538,7 +2557,7 @@ class ProcessTest(OwnDaemonTestCase):
         without_files: dict[str, Any] = {"preexec_fn": lambda: os.closerange(0, 3)}
         for options in ({}, without_files):
             with self.subTest(options), self.detached(**options) as (port, pid), Peer(port) as peer:
-                peer.expect("...", "...", f"+OK - Success, connected to {BUS}")
+                peer.greeted()
                 self.assertNotEqual(os.getsid(pid), os.getsid(0))
                 self.assertEqual(os.readlink(f"/proc/{pid}/cwd"), "/")
                 self.assertEqual([os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)],
@@ -2554,8 +2573,8 @@ class ProcessTest(OwnDaemonTestCase):
             for host in both:
                 with self.subTest(ip=ip, host=host):
                     if host in hosts:
-                        talk(f"> wcyd | 00-00-00-00-00-00-{bits} | +OK",
-                             self.connect(daemon, host))
+                        self.connect(daemon, host).say(
+                            f"wcyd | 00-00-00-00-00-00-{bits} | +OK")
                     else:
                         self.assertRaises(ConnectionRefusedError, daemon.connect, host)
 
@@ -2578,13 +2597,9 @@ class ProcessTest(OwnDaemonTestCase):
         except OSError as error:
             reason = os.strerror(error.errno or 0)
         daemon = self.start("-c", "nosuchcan0", journal=True)
-        with Peer(daemon.port) as peer:
-            peer.expect("uvscpd.py ...", "...", f"+OK - waiting for nosuchcan0: {reason}")
-            talk("""
-                > send 96,20,3,0,,0,- | -OK - ...
-                > info | 4,#,0,"..." | +OK
-                > stat | 0,0,0,0,0,0,0 | +OK
-            """, peer)
+        with Peer(daemon.port).greeted("nosuchcan0", reason) as peer:
+            peer.say("send 96,20,3,0,,0,- | -OK - ...", 'info | 4,#,0,"..." | +OK',
+                     "stat | 0,0,0,0,0,0,0 | +OK")
         log = daemon.stop().splitlines()
         self.assertEqual([line for line in log if not re.match("<[46]>[^<]", line)], [])
         warning, = (line for line in log if line.startswith("<4>"))
@@ -2702,11 +2717,11 @@ class PortabilityTest(OwnDaemonTestCase):
         daemon = self.start("-d", "-U", "Admin", "-P", "secRet",
                             program=("-I", "-S", "-c", self.LIGHT, PROGRAM))
         a, b = self.connect(daemon), self.connect(daemon)
-        say(a, "user Admin ; pass secRet", "help send | ... | +OK", "sgid ::1",
+        a.say("user Admin ; pass secRet", "help send | ... | +OK", "sgid ::1",
             "stat | ... | +OK", "interface | ... | +OK")
-        say(b, "send 96,20,3,0,,0,-,1")
+        b.say("send 96,20,3,0,,0,-,1")
         a.await_events(1)
-        say(a, "rcvloop | +OK | 96,20,3,0,*,#,...")
+        a.say("rcvloop | +OK | 96,20,3,0,*,#,...")
 
 
 class ReadmeTest(OwnDaemonTestCase):
@@ -2804,7 +2819,7 @@ class ReadmeTest(OwnDaemonTestCase):
             self.assertEqual(heard, line)
             skipping = line == "..."
 
-    def play(self, daemon: DaemonProcess, sessions: list[list[str]]) -> None:
+    def play_sessions(self, daemon: DaemonProcess, sessions: list[list[str]]) -> None:
         """Play sessions. What comes after the last typed line is read when all have been played."""
         last = []
         for command, *lines in sessions:
@@ -2833,13 +2848,13 @@ class ReadmeTest(OwnDaemonTestCase):
             self.hear(peer.read_line, shown)
 
     def test_quick_start(self) -> None:
-        self.play(self.start(), self.sessions("Quick start"))
+        self.play_sessions(self.start(), self.sessions("Quick start"))
 
     def test_bench(self) -> None:
         daemon = self.start("-d", ip="")
         node = SimulatedNode(daemon.port, 5)
         *sessions, (_, *screen) = self.sessions("At the bench")
-        self.play(daemon, sessions)
+        self.play_sessions(daemon, sessions)
         node.send(6, bytes.fromhex("8A8100D7"), vscp_class=10)
         node.send(3, bytes([0, 1, 35]), vscp_class=20)
         daemon.await_log("INFORMATION ON")
@@ -2936,11 +2951,11 @@ class KernelTestCase(unittest.TestCase):
         self.daemon = DaemonProcess("-c", self.name, *self.ARGUMENTS, journal=True)
         self.addCleanup(self.daemon.stop)
 
-    def connect(self, greeting: str = "") -> Peer:
+    def connect(self, trouble: str = "") -> Peer:
+        """A client that has been greeted; closed when the test ends."""
         peer = Peer(self.daemon.port)
         self.addCleanup(peer.__exit__)
-        peer.expect("...", "...", greeting or f"+OK - Success, connected to {self.name}")
-        return peer
+        return peer.greeted(self.name, trouble)
 
     def node(self, name: str = "", listening: bool = False) -> Node:
         node = Node(name or self.name, listening)
@@ -2966,16 +2981,16 @@ class KernelTestCase(unittest.TestCase):
         """Everybody sends the same event: each client gets all of them but its own."""
         node = self.node()
         for peer in peers:
-            peer.ask("clra")
+            peer.say("clra | +OK - All events cleared.")
         for sender in [*peers, None] * 3:
             if sender:
-                say(sender, send_line(7))
+                sender.say(send_line(7))
             else:
                 node.send(7)
             self.assertEqual([self.retrieve(peer) for peer in peers],
                              [[] if peer is sender else [(7,)] for peer in peers])
 
-    def await_log(self, wanted: list[str]) -> None:
+    def await_log_lines(self, wanted: list[str]) -> None:
         """Wait until the log has just these lines, besides those of start, end and clients."""
         def log() -> list[str]:
             return [line for line in self.daemon.log.splitlines()
@@ -3011,12 +3026,12 @@ class FramesTest(KernelTestCase):
                 self.assertEqual(fields[4], uvscpd.utc_text(time_us // 1000000) + "Z")
                 before = time_us
         a.expect("-OK - No event(s) available")
-        say(a, 'info | 0,0,0,"OK" | +OK')
+        a.say('info | 0,0,0,"OK" | +OK')
 
     def test_SEND(self) -> None:
         a, node = self.connect(), self.node(listening=True)
         for text, frame, _ in EVENTS:
-            a.ask("send " + text)
+            a.say("send " + text)
             can_id, data = frame.split("#")
             self.assertEqual(node.sock.recv(72),
                              uvscpd.pack_frame(int(can_id, 16), bytes.fromhex(data)))
@@ -3050,7 +3065,7 @@ class FramesTest(KernelTestCase):
             return [int(row[5]) for row in rows if row[:1] == [self.name]]
 
         a, node = self.connect(), self.node()
-        say(a, "sflt 0,20,3,::0", "smsk 0,0x1FF,0xFF,::0")
+        a.say("sflt 0,20,3,::0", "smsk 0,0x1FF,0xFF,::0")
         for number in range(100):
             node.send(number % 5)
         self.assertEqual((passed(), self.retrieve(a)), ([20], [(3,)] * 20))
@@ -3059,7 +3074,7 @@ class FramesTest(KernelTestCase):
         node.send(3)
         self.assertEqual((self.retrieve(a), self.retrieve(b)), ([(3,)], [(4,), (3,)]))
         for peer in (a, b):
-            say(peer, "quit | +OK - bye | (closed)")
+            peer.say("quit | +OK - bye | (closed)")
         self.assertEqual(passed(), [])
 
     def test_commands_take_in_what_the_kernel_holds(self) -> None:
@@ -3080,7 +3095,7 @@ class FramesTest(KernelTestCase):
     def test_full_bus_and_five_clients(self) -> None:
         peers = [self.connect() for _ in range(5)]
         for peer in peers:
-            say(peer, "rcvloop")
+            peer.say("rcvloop")
         node, start = self.node(), time.monotonic()
         for number in range(2000):          # 1,000 frames/s of 8 bytes are 125 kbit/s
             time.sleep(max(0.0, start + number / 1000 - time.monotonic()))
@@ -3153,8 +3168,8 @@ class InterfaceTest(KernelTestCase):
         self.addCleanup(self.unplug)
 
     def test_missing_down_deleted(self) -> None:
-        a, b = (self.connect("+OK - waiting for vcan7: No such device") for _ in range(2))
-        say(a, "rcvloop")
+        a, b = (self.connect("No such device") for _ in range(2))
+        a.say("rcvloop")
         log = []
         for go, come, code, reason in (
                 (None, self.plug_in, errno.ENODEV, self.MISSING),
@@ -3163,21 +3178,21 @@ class InterfaceTest(KernelTestCase):
             if go:
                 go()
             for peer in (a, b):
-                say(peer, f"{send_line(1)} | -OK - {reason}")
+                peer.say(f"{send_line(1)} | -OK - {reason}")
             trouble = reason.partition(", try")[0]
-            say(b, f'info | 4,{code},0,"{trouble}" | +OK')
-            self.connect(f"+OK - waiting for vcan7: {os.strerror(code)}")
+            b.say(f'info | 4,{code},0,"{trouble}" | +OK')
+            self.connect(os.strerror(code))
             with idle(self.daemon):         # while a client in the receive loop hears nothing
                 a.expect("+OK", "+OK")
             come()
             self.await_state(b, "OK")
             self.node().send(1, 2)
-            say(b, send_line(3))
+            b.say(send_line(3))
             a.expect(event_line(1, 2), event_line(3))
-            say(a, send_line(4))
+            a.say(send_line(4))
             self.assertEqual(self.retrieve(b), [(1, 2), (4,)])
             log += [f"<4>{reason}", f"<6>vcan7: the bus is back, was: {trouble}"]
-            self.await_log(log)
+            self.await_log_lines(log)
 
 
 class BusStateTest(KernelTestCase):
@@ -3186,7 +3201,7 @@ class BusStateTest(KernelTestCase):
         before, log = "OK", []
         for error_class, controller, info, counts in BusTest.ERROR_FRAMES:
             node.send_error(error_class, controller)
-            say(a, f"info | {info} | +OK", f"stat | {counts},... | +OK")
+            a.say(f"info | {info} | +OK", f"stat | {counts},... | +OK")
             text = info.split('"')[1]
             advice = ("ip link set vcan7 down && ip link set vcan7 up" if text == "bus off"
                       else "wiring, bit rate, other nodes")
@@ -3194,7 +3209,7 @@ class BusStateTest(KernelTestCase):
                 log.append(f"<6>vcan7: the bus is back, was: {before}" if text == "OK"
                            else f"<4>vcan7: {text}, try: {advice}")
             before = text
-            self.await_log(log)
+            self.await_log_lines(log)
 
     def test_nobody_acknowledges_ends_with_a_frame(self) -> None:
         a, node = self.connect(), self.node()
@@ -3202,7 +3217,7 @@ class BusStateTest(KernelTestCase):
             node.send_error(uvscpd.ERR_ACK)
             self.await_state(a, "nobody acknowledges")
             if sender is a:
-                say(a, send_line(1))
+                a.say(send_line(1))
             else:
                 node.send(1)
             self.await_state(a, "OK")
@@ -3216,7 +3231,7 @@ class BusStateTest(KernelTestCase):
         for _ in range(2):
             a.ask("cdta")                   # makes the daemon read what the kernel holds
             self.await_state(a, "OK")
-            say(a, send_line(1))
+            a.say(send_line(1))
 
     def test_interface_deleted_and_added_at_once(self) -> None:
         a = self.connect()
@@ -3224,8 +3239,8 @@ class BusStateTest(KernelTestCase):
             self.unplug()
             self.plug_in()
         self.await_state(a, "OK")
-        say(a, send_line(1))
-        self.await_log([f"<4>{InterfaceTest.MISSING}",
+        a.say(send_line(1))
+        self.await_log_lines([f"<4>{InterfaceTest.MISSING}",
                         "<6>vcan7: the bus is back, was: interface vcan7: No such device"])
 
     def test_many_error_frames(self) -> None:
@@ -3248,7 +3263,7 @@ class BurstTest(KernelTestCase):
 
     def test_frames_that_the_kernel_drops(self) -> None:
         a, b, c, node = self.connect(), self.connect(), self.connect(), self.node()
-        say(c, "rcvloop")
+        c.say("rcvloop")
         with self.daemon.paused():
             for number in range(FLOOD):
                 node.send(number >> 8, number & 0xFF)
@@ -3260,7 +3275,7 @@ class BurstTest(KernelTestCase):
             peer.expect("...", "+OK", "...", "+OK")
             self.assertEqual((peer.heard[buffered], int(peer.heard[stat].split(",")[2])),
                              ("100 ", FLOOD - 100))
-        late.expect("...", "...", "+OK - ...")
+        late.greeted(self.name)
         for peer in (late, self.connect()):
             self.assertEqual((peer.ask("cdta")[0], self.stat(peer)[2:5]), ("0 ", [0, 0, 0]))
         node.send(255)
@@ -3335,7 +3350,7 @@ class SerialLineTest(KernelTestCase):
         events = [divmod(number, 256) for number in range(300)]
         a.send(*(send_line(*each) for each in events))
         frames = self.take(100)
-        say(b, "noop")                                      # while A waits for room
+        b.say("noop")                                       # while A waits for room
         for _ in range(200):
             time.sleep(1 / 400)                             # the bus takes no more than this
             frames += self.take(1)
@@ -3378,7 +3393,7 @@ class SerialLineTest(KernelTestCase):
         frames = [*((1, number) for number in range(sent)), (3,)]
         self.assertEqual(self.take(sent + 1), frames)
         a.expect("+OK")
-        a.ask(send_line(4))
+        a.say(send_line(4))
         self.assertEqual(self.take(1), [(4,)])      # and none that was refused
         self.assertEqual(self.retrieve(c), [*frames, (4,)])
 
@@ -3386,18 +3401,18 @@ class SerialLineTest(KernelTestCase):
         a, b = self.connect(), self.connect()
         self.put("sb256256")
         self.await_state(a, "bus off")
-        say(a, f"{send_line(1)} | -OK - bus off, try: ...")
+        a.say(f"{send_line(1)} | -OK - bus off, try: ...")
         advice = a.heard[-1].partition(", try: ")[2]
         # The controller has recovered, but until the interface has been down, Linux drops frames
         # instead of giving them to it.
         self.put("sa000000", "T0C1402053000123")
         b.await_events(1)
-        say(a, f"{send_line(1)} | -OK - ...")
+        a.say(f"{send_line(1)} | -OK - ...")
         shell(advice)
         self.await_state(a, "OK")
-        say(a, send_line(3))
+        a.say(send_line(3))
         self.assertEqual(self.take(1), [(3,)])
-        say(b, f"retr 2 | 96,20,2,0,*,#,::5,0,1,35 | {event_line(3)} | +OK")
+        b.say(f"retr 2 | 96,20,2,0,*,#,::5,0,1,35 | {event_line(3)} | +OK")
 
 
 @needs_ci_kernel
@@ -3450,15 +3465,14 @@ class UnderWayTest(KernelTestCase):
         for manner in (["{} ; " + end], ["{}", end], ["{}"]):       # the last one just closes
             got = []
             for each in events:
-                with Peer(self.daemon.port) as sender:
-                    sender.expect("...", "...", "+OK - ...")
-                    say(sender, *(line.format(send_line(*each)) for line in manner))
+                with self.connect() as sender:
+                    sender.say(*(line.format(send_line(*each)) for line in manner))
                 got += self.arrived(first)[0]
             with self.subTest(manner):
                 self.assertEqual(got, events)
             other = self.connect()          # and the same from somebody who stays
             for each in events:
-                say(other, send_line(*each))
+                other.say(send_line(*each))
             with self.subTest(manner, then="another one"):
                 self.assertEqual(self.arrived(first, other), [events, []])
             other.__exit__()
@@ -3477,7 +3491,7 @@ class UnderWayTest(KernelTestCase):
             self.go_up()
             self.await_state(a, "OK")
             for peer in (a, b, c):
-                peer.ask("clra")
+                peer.say("clra | +OK - All events cleared.")
             # A daemon that still waited for the lost frames would take these for them.
             for peer, vscp_type in ((b, 7), (a, 8)):
                 self.await_sent(peer, send_line(vscp_type))
@@ -3491,8 +3505,8 @@ class UnderWayTest(KernelTestCase):
                                                    time.monotonic() + ahead_s))
         for step_s in (-2, 60):
             for number in range(10):
-                say(a, send_line(1, number))
-                say(b, send_line(2, number))
+                a.say(send_line(1, number))
+                b.say(send_line(2, number))
             time.clock_settime(time.CLOCK_REALTIME, time.time() + step_s)
             ones, twos, both = self.arrived(b, a, c)
             with self.subTest(step_s):
@@ -3515,7 +3529,7 @@ class UnderWayTest(KernelTestCase):
         for batch in range(4):              # as many as may be under way on a real bus
             events = [(number % 3, batch, number) if number % 4 else (9,) for number in range(45)]
             for number, each in enumerate(events):
-                say(peers[number % 3], send_line(*each))
+                peers[number % 3].say(send_line(*each))
             for number, peer in enumerate(peers):
                 wanted = [each for i, each in enumerate(events) if i % 3 != number]
                 peer.await_events(len(wanted))
@@ -3535,14 +3549,14 @@ class NoCarrierTest(KernelTestCase):
         self.go_up()
 
     def test_no_carrier_at_start_and_later(self) -> None:
-        a, b = self.connect("+OK - ..."), self.connect("+OK - ...")
+        a, b = self.connect(), self.connect()
         for _ in range(2):
             self.await_state(a, "...", "[34]")
-            say(a, f"{send_line(1)} | -OK - ...")
+            a.say(f"{send_line(1)} | -OK - ...")
             set_up("vxcan8", True)
             self.await_state(a, "OK")
             node = self.node("vxcan8", listening=True)
-            say(a, send_line(2))
+            a.say(send_line(2))
             self.assertEqual(node.receive(1), [(2,)])
             self.assertEqual(self.retrieve(b), [(2,)])
             set_up("vxcan8", False)
@@ -3563,14 +3577,14 @@ class NobodyConnectedTest(OwnDaemonTestCase):
             self.node.send_frame(uvscpd.EFF_FLAG | 0x0C001B05, b"\0\x7F\0\0\1")
             self.assertEqual(self.node.sock.recv(72), uvscpd.pack_frame(
                 0x0C001C00, b"\x80\x28\x7F\0\0\1" + daemon.port.to_bytes(2, "big")))
-            say(self.connect(daemon), "quit | +OK - bye | (closed)")
+            self.connect(daemon).say("quit | +OK - bye | (closed)")
 
     def test_debug_shows_frames(self) -> None:
         daemon = self.start("-d")
         for number in (201, 202):
             self.node.send(3, number)
             daemon.await_log(rf"\b20\b.*\b3\b.*\b({number}|{number:02X})\b")
-            say(self.connect(daemon), "quit | +OK - bye | (closed)")
+            self.connect(daemon).say("quit | +OK - bye | (closed)")
 
 
 class HintTest(OwnDaemonTestCase):
@@ -3582,8 +3596,7 @@ class HintTest(OwnDaemonTestCase):
                 ("lo", r"\blo\b.* no(t a)? CAN interface", "ip link"),
                 ("can7", r"\bcan7\b.*(adapter|driver)", "ip link set can7 up")):
             daemon = self.start("-c", name)
-            with Peer(daemon.port) as peer:
-                peer.expect("...", "...", f"+OK - waiting for {name}: ...")
+            with Peer(daemon.port).greeted(name, "...") as peer:
                 for where, text in (("reply", peer.ask(send_line(1))[0]), ("log", daemon.stop())):
                     with self.subTest(name, where=where):
                         self.assertRegex(text, told)
@@ -3601,9 +3614,8 @@ class HintTest(OwnDaemonTestCase):
                         super().__init__(family, *rest, **more)
                 uvscpd.socket.socket = Socket
             """))
-            with self.subTest(text), Peer(daemon.port) as peer:
-                peer.expect("...", "...", f"+OK - waiting for can7: {os.strerror(code)}")
-                say(peer, f'info | 4,{code},0,"{text}" | +OK', f"{send_line(1)} | -OK - {hint}")
+            with self.subTest(text), Peer(daemon.port).greeted("can7", os.strerror(code)) as peer:
+                peer.say(f'info | 4,{code},0,"{text}" | +OK', f"{send_line(1)} | -OK - {hint}")
                 self.assertEqual(daemon.stop().count(f"{hint}\n"), 1)
 
 
@@ -3626,7 +3638,7 @@ class AbuseTest(DaemonTestCase):
         sender, *readers = (self.connect() for _ in range(4))
         deaf = self.narrow()
         for peer in (*readers, deaf):
-            say(peer, "rcvloop")
+            peer.say("rcvloop")
         before = memory(self.daemon)
         for first in range(0, count, batch):
             numbers = range(first, first + batch)
@@ -3639,7 +3651,7 @@ class AbuseTest(DaemonTestCase):
         self.assertLess(len(got), count)
         self.assertEqual(got, sorted(set(got)))
         self.assertEqual(got[-500:], list(range(count - 500, count)))
-        say(deaf, "quitloop", f"stat | 0,0,{count - len(got)},{8 * count},{count},0,0 | +OK")
+        deaf.say("quitloop", f"stat | 0,0,{count - len(got)},{8 * count},{count},0,0 | +OK")
 
     def test_client_that_does_not_read_replies(self) -> None:
         deaf, other = self.narrow(), self.connect()
@@ -3656,7 +3668,7 @@ class AbuseTest(DaemonTestCase):
                 sent += deaf.sock.send(stream[sent:sent + 16384])
                 in_vain = 0
             except BlockingIOError:
-                say(other, "noop")
+                other.say("noop")
                 in_vain += 1
             self.assertLess(sent, MEGABYTE)
         self.assertLess(memory(self.daemon) - before, 2 * MEGABYTE)
@@ -3683,9 +3695,8 @@ class LogTest(OwnDaemonTestCase):
 
     def call(self, port: int, *commands: str) -> None:
         """Connect, give commands and quit; the daemon logs the connection and its end."""
-        with Peer(port) as peer:
-            peer.expect("...", "...", "+OK - ...")
-            say(peer, *commands, "quit | +OK - bye | (closed)")
+        with Peer(port).greeted() as peer:
+            peer.say(*commands, "quit | +OK - bye | (closed)")
 
     def test_nobody_reads_stderr(self) -> None:
         daemon = self.start("-d", unread=True)
@@ -3750,7 +3761,7 @@ class PatienceTest(OwnDaemonTestCase):
         sender, *readers = (self.connect(daemon), NarrowPeer(daemon.port), NarrowPeer(daemon.port))
         for reader in readers:
             self.addCleanup(reader.__exit__)
-            say(reader, "rcvloop")
+            reader.say("rcvloop")
         for second in range(150):
             send_all(sender, range(100 * second, 100 * second + 100))
             readers[0].file.read1(1500)                 # the other one reads nothing
@@ -3767,7 +3778,7 @@ class PatienceTest(OwnDaemonTestCase):
         daemon = self.start()
         used = descriptors(daemon)
         for command in ("noop", "rcvloop"):             # to the latter there is always more to send
-            say(self.connect(daemon), command)
+            self.connect(daemon).say(command)
         shell("tc qdisc add dev lo root netem loss 100%")
         self.addCleanup(shell, "tc qdisc del dev lo root")
         deadline = time.monotonic() + 330
@@ -3794,18 +3805,18 @@ class TroubleTest(OwnDaemonTestCase):
     def test_memory_of_clients_that_quit(self) -> None:
         daemon, count, no_events = self.start(), 250, ("sflt 0,0,9,::0", "smsk 0,0,255,::0")
         sender = self.connect(daemon)
-        say(sender, *no_events)
+        sender.say(*no_events)
         used = []
         for _ in range(3):
             peers = [self.connect(daemon) for _ in range(30)]
             for number, peer in enumerate(peers):       # each has lines of its own
-                say(peer, f"sgid {number:X}" + ":FF" * 15)
+                peer.say(f"sgid {number:X}" + ":FF" * 15)
             send_all(sender, range(count))
             for peer in peers:
                 peer.await_events(count)
-                say(peer, *no_events)
+                peer.say(*no_events)
             for peer in peers:                          # an event that nobody wants
-                say(peer, "send 96,20,8,0,,0,- ; quit | +OK - bye | (closed)")
+                peer.say("send 96,20,8,0,,0,- ; quit | +OK - bye | (closed)")
                 peer.__exit__()
             used.append(memory(daemon))
         self.assertLess(used[-1] - used[0], MEGABYTE)   # the lines of two rounds are 2.2 MB
@@ -3829,13 +3840,13 @@ class TroubleTest(OwnDaemonTestCase):
         waiting = Peer(daemon.port)
         self.addCleanup(waiting.__exit__)
         # Those who are there are served. The sign of life comes after two seconds.
-        say(peers[0], "rcvloop")
+        peers[0].say("rcvloop")
         with idle(daemon):
             self.assertEqual(peers[0].read_line(), "+OK")
         tries = daemon.log.count("cannot accept a connection")
         self.assertIn(tries, range(1, int(2 * (time.monotonic() - waiting.since)) + 4))
         peers[1].__exit__()
-        waiting.expect("uvscpd.py ...", "...", "+OK - ...")
+        waiting.greeted()
 
     def test_more_clients_than_the_soft_limit_of_descriptors(self) -> None:
         daemon = self.start("--max-clients", "40", prepare=lambda: resource.setrlimit(
@@ -3844,7 +3855,7 @@ class TroubleTest(OwnDaemonTestCase):
         with Peer(daemon.port) as peer:
             peer.expect("-OK - Max number of clients connected.", "(closed)")
         for peer in peers:
-            say(peer, "noop")
+            peer.say("noop")
 
     def test_senders_share_a_bus_that_is_full_now_and_then(self) -> None:
         daemon = self.start(program=changed_program("""
@@ -3857,7 +3868,7 @@ class TroubleTest(OwnDaemonTestCase):
             uvscpd.Bus.send = send_or_not
         """))
         observer, *senders = (self.connect(daemon) for _ in range(6))
-        say(observer, "rcvloop")
+        observer.say("rcvloop")
         for number, peer in enumerate(senders):
             peer.send(*(send_line(number, count) for count in range(60)), "chid")
         for peer in senders:
@@ -3967,7 +3978,7 @@ class TroubleTest(OwnDaemonTestCase):
         while a.read_line() != "(closed)":
             self.assertEqual(a.heard[-1], "+OK")
         for peer in (b, self.connect(daemon)):
-            say(peer, "chid | 0 | +OK")
+            peer.say("chid | 0 | +OK")
         with self.assertRaisesRegex(AssertionError, r"(?s)status 0.*a bug in uvscpd\.py, the "
                                     r"client is dropped:\nTraceback.*\n  line \d+, in broken\n"
                                     r"RuntimeError: a bug for the test\n"):
@@ -4031,7 +4042,7 @@ def try_line(peer: Peer, line: bytes, number: int) -> bool:
 
 def check_events(watcher: Peer, peer: Peer, number: int) -> None:
     """Fail unless all lines that the watcher has got are well-formed events. Its GUID is zeros."""
-    peer.ask(f"send 0,511,255,0,,0,-,{number_text(number)}")
+    peer.say(f"send 0,511,255,0,,0,-,{number_text(number)}")
     line = ""
     while not re.fullmatch(f"0,511,255,.*:0,{number_text(number)}", line):
         line = watcher.read_line()
@@ -4049,7 +4060,7 @@ def fuzz(seed: int) -> Generator[int, None, None]:
         daemon = DaemonProcess()
         stack.callback(daemon.stop)
         watcher, peer = (stack.enter_context(daemon.connect()) for _ in range(2))
-        watcher.ask("rcvloop")
+        watcher.say("rcvloop")
         try:
             for number in itertools.count(1):
                 if not try_line(peer, hostile_line(rng), number):
@@ -4095,14 +4106,13 @@ class Soak:
     BATCH = 400                         # events; two batches fit into a FIFO
 
     def __init__(self, stack: contextlib.ExitStack, interface: str) -> None:
-        self.daemon = DaemonProcess("-c", interface or ":virtual:")
+        bus = interface or ":virtual:"
+        self.daemon = DaemonProcess("-c", bus)
         stack.callback(self.daemon.stop)
         self.sender, self.observer, *self.readers = (
-            stack.enter_context(Peer(self.daemon.port)) for _ in range(5))
-        for peer in (self.sender, self.observer, *self.readers):
-            peer.expect("uvscpd.py ...", "...", "+OK - Success, ...")
+            stack.enter_context(Peer(self.daemon.port).greeted(bus)) for _ in range(5))
         for reader in self.readers:
-            say(reader, "rcvloop")
+            reader.say("rcvloop")
         self.interface = interface
         if interface:
             self.node = Node(interface)
@@ -4156,7 +4166,7 @@ class Soak:
     def check(self) -> None:
         """Fail if STAT does not count all missing events, or if memory has grown."""
         for reader, received in zip(self.readers, self.received):
-            say(reader, "quitloop", f"stat | #,#,{self.sent - received},#,#,0,0 | +OK")
+            reader.say("quitloop", f"stat | #,#,{self.sent - received},#,#,0,0 | +OK")
         growth = memory(self.daemon) - self.first_memory
         assert growth < 2 * MEGABYTE, f"memory has grown by {growth} bytes"
 
