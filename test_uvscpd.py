@@ -1224,6 +1224,140 @@ class ClientTest(DaemonTestCase):
         b.say(*["send 96,20,3,0,,0,-"] * 10)
 
 
+class SlowReaderTest(OwnDaemonTestCase):
+    """A client that reads slower than its events or replies come."""
+
+    def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
+        daemon = self.daemon_in_process("--buffer", "100000")
+        client, other_end = self.connect_in_process(daemon)
+        client.stream_at = daemon.now
+        lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
+        while len(client.fifo) < 50000:
+            client.put(lines, "".join(lines).encode(), 4000)
+        client.turn()
+        other_end.sendall(b"quitloop\n")
+        for _ in range(500):
+            if client.stream_at < uvscpd.NEVER:
+                client.put(lines, "".join(lines).encode(), 4000)
+                other_end.recv(1 << 16)
+                for key, mask in daemon.selector.select(0):
+                    key.data(mask)
+        self.assertEqual(client.stream_at, uvscpd.NEVER)
+
+    def test_slow_reader_that_leaves_has_time(self) -> None:
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
+        while not client.output:                # until the connection takes no more
+            client.write("x" * 60000 + "\n")
+            client.flush()
+        client.lines.append("quit")
+        client.leave()
+        daemon.now += 60                        # nothing was read meanwhile
+        client.tick()
+        self.assertFalse(client.closed)
+        while client.output:
+            other_end.recv(1 << 16)
+            client.turn()
+        for seconds, closed in ((4, False), (2, True)):     # with all sent, 5 s
+            daemon.now += seconds
+            daemon.tick()
+            self.assertEqual(client.closed, closed)
+
+    def test_lost_events_are_logged_once_per_hour(self) -> None:
+        daemon, client = self.daemon_and_client_in_process("--buffer", "3")
+        for seconds, count, warnings in ((0, 3, 0), (0, 1, 1), (3599, 2, 0), (2, 1, 1)):
+            self.log.clear()
+            daemon.now += seconds
+            client.put(["event\r\n"] * count, b"event\r\n" * count, 5 * count)
+            self.assertEqual(self.log, [
+                f"{client.name}: loses events, it does not fetch them and its buffer of "
+                "3 events is full"] * warnings)
+        self.assertEqual((client.lost, daemon.lost, len(client.fifo)), (4, 4, 3))
+        self.assertEqual((client.rx_frames, client.rx_bytes), (7, 35))
+
+
+class LeavingTest(OwnDaemonTestCase):
+    """How a connection ends: by QUIT, a reset, a peer that has vanished, a bug."""
+
+    def test_closed_without_reading_replies(self) -> None:
+        daemon = self.start()
+        observer = self.connect(daemon)
+        for title, pause in (("running", contextlib.nullcontext()), ("paused", daemon.paused())):
+            with pause, Peer(daemon.port) as peer:
+                send_events(peer, range(400))
+            with self.subTest(title):
+                observer.await_events(400)
+                observer.send("retr 400")
+                self.assertEqual(read_numbers(observer, 399), list(range(400)))
+                observer.expect("+OK")
+
+    def test_client_reset_while_its_command_takes_events_in(self) -> None:
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
+        daemon.now += 1
+        client.stream_at = daemon.now
+        other_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        other_end.close()
+        client.lines.extend(["noop", "cdta", "send 96,20,3,0,,0,-", "quit"])
+        daemon.bus.send(1, b"", SENDERS["A"])
+        client.on_ready(selectors.EVENT_READ)
+        self.assertTrue(client.closed)
+        self.assertEqual((daemon.clients, daemon.leaving), ({}, set()))
+        self.assertEqual(len(daemon.bus.read(9)[0]), 1)     # its SEND has run all the same
+
+    def test_no_events_after_QUIT(self) -> None:
+        daemon = self.daemon_in_process("--buffer", "9")
+        client, other_end = self.connect_in_process(daemon)
+        with other_end, other_end.makefile("rb") as replies:
+            client.fifo.extend(["an event\r\n"] * 9)
+            client.lines.extend(["retr 2", "rcvloop", "quit"])
+            client.turn()
+            daemon.now += 3
+            daemon.tick()
+            self.assertFalse(client.stream_at < uvscpd.NEVER or client.closed)
+            other_end.settimeout(TIMEOUT)
+            heard = replies.read()
+            self.assertTrue(heard.endswith(b"+OK - bye\r\n"))
+            self.assertEqual(heard.count(b"an event"), 2)
+
+    def test_keepalive_notices_a_vanished_client(self) -> None:
+        client, _ = self.connect_in_process(self.daemon_in_process())
+        # A client is gone after 60 + 4 * 15 s without an acknowledgement, not for reading slowly.
+        for option, value in (("NODELAY", 1), ("KEEPIDLE", 60), ("KEEPINTVL", 15), ("KEEPCNT", 4),
+                              ("USER_TIMEOUT", 0)):
+            self.assertEqual(client.sock.getsockopt(
+                socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}")), value, option)
+        self.assertTrue(client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+    def test_peer_that_acknowledges_nothing_for_five_minutes(self) -> None:
+        for milliseconds, gone in ((299999, False), (300001, True)):
+            daemon, client = self.daemon_and_client_in_process()
+            info = bytes(56) + struct.pack("=I", milliseconds) + bytes(4)
+            with mock.patch.object(client, "tcp_info", return_value=info):
+                for seconds, closed in ((9, False), (2, gone)):
+                    daemon.now += seconds
+                    client.tick()
+                    self.assertEqual(client.closed, closed)
+            client.close()
+
+    def test_bug_in_a_command(self) -> None:
+        daemon = DaemonProcess(program=changed_program("""
+            def broken(client):
+                raise RuntimeError("a bug for the test")
+            uvscpd.COMMANDS["wcyd"].handler = broken
+        """))
+        a, b = self.connect(daemon), self.connect(daemon)
+        a.send("noop", "wcyd", "noop")
+        while a.read_line() != "(closed)":
+            self.assertEqual(a.heard[-1], "+OK")
+        for peer in (b, self.connect(daemon)):
+            peer.say("chid | 0 | +OK")
+        with self.assertRaisesRegex(AssertionError, r"(?s)status 0.*a bug in uvscpd\.py, the "
+                                    r"client is dropped:\nTraceback.*\n  line \d+, in broken\n"
+                                    r"RuntimeError: a bug for the test\n"):
+            daemon.stop()
+
+
 # =============================================================================
 # 8. Commands
 # =============================================================================
@@ -1640,7 +1774,7 @@ class AccessTest(OwnDaemonTestCase):
 # =============================================================================
 # 9. Daemon
 # =============================================================================
-# Who gets which event, and the limits.
+# Who gets which event, when, who has to wait, and the limits.
 
 class FanOutTest(DaemonTestCase):
     TRANSCRIPTS = """
@@ -1733,6 +1867,8 @@ class FanOutTest(DaemonTestCase):
 
 
 class ConnectionTest(OwnDaemonTestCase):
+    """Who may connect, how many, and what remains of those who have gone."""
+
     def test_max_clients(self) -> None:
         daemon = self.start("--max-clients", "3")
         peers = [self.connect(daemon) for _ in range(3)]
@@ -1769,6 +1905,63 @@ class ConnectionTest(OwnDaemonTestCase):
                 watch.assert_called_with(daemon.listener, selectors.EVENT_READ,
                                          daemon.on_connection)
 
+    def test_out_of_descriptors(self) -> None:
+        daemon = self.start()
+        peers = [self.connect(daemon)]
+        _, most = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+        limits = (descriptors(daemon) + 2, most)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, limits)
+        peers += [self.connect(daemon) for _ in range(2)]
+        waiting = Peer(daemon.port)
+        self.addCleanup(waiting.__exit__)
+        # Those who are there are served. The sign of life comes after two seconds.
+        peers[0].say("rcvloop")
+        with idle(daemon):
+            self.assertEqual(peers[0].read_line(), "+OK")
+        tries = daemon.log.count("cannot accept a connection")
+        self.assertIn(tries, range(1, int(2 * (time.monotonic() - waiting.since)) + 4))
+        peers[1].__exit__()
+        waiting.greeted()
+
+    def test_many_QUIT_in_one_turn(self) -> None:
+        daemon = self.start("--max-clients", "150")
+        peers = [self.connect(daemon) for _ in range(150)]
+        with daemon.paused():
+            for peer in peers:
+                peer.send("vers", "quit")
+        for peer in peers:
+            peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
+
+    def test_too_many_linger_and_the_longest_is_dropped(self) -> None:
+        daemon = self.daemon_in_process("--max-clients", "200")
+        clients = [self.connect_in_process(daemon)[0] for _ in range(uvscpd.MAX_LEAVING + 2)]
+        clients[0].output += b"not yet sent"
+        for number, client in enumerate(clients):
+            self.assertEqual([each.closed for each in clients].index(True) if number > 100 else 0,
+                             number > 100)
+            client.leave()
+            daemon.now += 0.01
+        self.assertEqual([number for number, each in enumerate(clients) if each.closed], [1, 2])
+
+    def test_memory_of_clients_that_quit(self) -> None:
+        daemon, count, no_events = self.start(), 250, ("sflt 0,0,9,::0", "smsk 0,0,255,::0")
+        sender = self.connect(daemon)
+        sender.say(*no_events)
+        used = []
+        for _ in range(3):
+            peers = [self.connect(daemon) for _ in range(30)]
+            for number, peer in enumerate(peers):       # each has lines of its own
+                peer.say(f"sgid {number:X}" + ":FF" * 15)
+            send_all(sender, range(count))
+            for peer in peers:
+                peer.await_events(count)
+                peer.say(*no_events)
+            for peer in peers:                          # an event that nobody wants
+                peer.say("send 96,20,8,0,,0,- ; quit | +OK - bye | (closed)")
+                peer.__exit__()
+            used.append(memory(daemon))
+        self.assertLess(used[-1] - used[0], MEGABYTE)   # the lines of two rounds are 2.2 MB
+
 
 class TurnTest(OwnDaemonTestCase):
     """What the daemon does in a turn of its loop, and when."""
@@ -1779,18 +1972,6 @@ class TurnTest(OwnDaemonTestCase):
         client, _ = self.connect_in_process(daemon)
         daemon.bus.overruns, daemon.bus.bus_offs, daemon.bus.warnings, client.lost = 7, 1, 2, 30
         self.assertEqual(uvscpd.run_command(client, "stat"), "1,2,32,0,0,0,0\r\n+OK\r\n")
-
-    def test_lost_events_are_logged_once_per_hour(self) -> None:
-        daemon, client = self.daemon_and_client_in_process("--buffer", "3")
-        for seconds, count, warnings in ((0, 3, 0), (0, 1, 1), (3599, 2, 0), (2, 1, 1)):
-            self.log.clear()
-            daemon.now += seconds
-            client.put(["event\r\n"] * count, b"event\r\n" * count, 5 * count)
-            self.assertEqual(self.log, [
-                f"{client.name}: loses events, it does not fetch them and its buffer of "
-                "3 events is full"] * warnings)
-        self.assertEqual((client.lost, daemon.lost, len(client.fifo)), (4, 4, 3))
-        self.assertEqual((client.rx_frames, client.rx_bytes), (7, 35))
 
     @staticmethod
     def frames_come(daemon: uvscpd.Daemon, count: int) -> None:
@@ -1870,17 +2051,6 @@ class TurnTest(OwnDaemonTestCase):
             daemon.suspect(client)
         self.assertEqual(daemon.suspects, {b"\x20\x01\x0d\xb8\0\0\0\0": daemon.now + 0.5})
 
-    def test_peer_that_acknowledges_nothing_for_five_minutes(self) -> None:
-        for milliseconds, gone in ((299999, False), (300001, True)):
-            daemon, client = self.daemon_and_client_in_process()
-            info = bytes(56) + struct.pack("=I", milliseconds) + bytes(4)
-            with mock.patch.object(client, "tcp_info", return_value=info):
-                for seconds, closed in ((9, False), (2, gone)):
-                    daemon.now += seconds
-                    client.tick()
-                    self.assertEqual(client.closed, closed)
-            client.close()
-
     def test_next_tick_is_the_earliest_time(self) -> None:
         daemon = self.daemon_in_process()
         clients = [self.connect_in_process(daemon)[0] for _ in range(2)]
@@ -1892,43 +2062,41 @@ class TurnTest(OwnDaemonTestCase):
         daemon.tick()
         self.assertEqual(daemon.tick_at, clients[1].stream_at)
 
-    def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
-        daemon = self.daemon_in_process()
-        client, other_end = self.connect_in_process(daemon)
-        with mock.patch.object(daemon.bus, "send",
-                               side_effect=uvscpd.NoRoom("no room", uvscpd.NEVER)):
-            client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
-            client.turn()
-            client.sign_at = daemon.now
-            daemon.tick()
-            daemon.now += uvscpd.SEND_WAIT_S
-            daemon.tick()
-            daemon.tick()
-        self.assertTrue(other_end.recv(4096).endswith(
-            b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
-
-    def test_end_of_input_while_a_SEND_waits(self) -> None:
-        daemon = self.daemon_in_process()
-        client, other_end = self.connect_in_process(daemon)
-        full = uvscpd.NoRoom("full", uvscpd.NEVER)
-        with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
-            other_end.sendall(b"send 96,20,3,0,,0,-\n")
-            other_end.shutdown(socket.SHUT_WR)
-            for _ in range(3):
-                for key, mask in daemon.selector.select(0):
-                    key.data(mask)
-            self.assertEqual(list(daemon.waiting), [client])
-            send.side_effect = None
-            daemon.send_waiting()
-        other_end.settimeout(TIMEOUT)
-        self.assertTrue(other_end.recv(4096).endswith(b":virtual:\r\n+OK\r\n"))
-
     def test_nothing_is_sent_for_own_events(self) -> None:
         daemon = self.daemon_in_process()
         (client, _), (other, _) = self.connect_in_process(daemon), self.connect_in_process(daemon)
         with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
             daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
         self.assertEqual((own.called, others.called), (False, True))
+
+
+class RoomTest(OwnDaemonTestCase):
+    """SENDs for which the bus has no room now."""
+
+    def test_senders_share_a_bus_that_is_full_now_and_then(self) -> None:
+        daemon = self.start(program=changed_program("""
+            import random
+            chance, send = random.Random(1), uvscpd.Bus.send
+            def send_or_not(*arguments):
+                if chance.random() < 0.3:
+                    raise uvscpd.NoRoom("a full bus for the test", 0.001)
+                send(*arguments)
+            uvscpd.Bus.send = send_or_not
+        """))
+        observer, *senders = (self.connect(daemon) for _ in range(6))
+        observer.say("rcvloop")
+        for number, peer in enumerate(senders):
+            peer.send(*(send_line(number, count) for count in range(60)), "chid")
+        for peer in senders:
+            peer.expect(*["+OK"] * 60, "0", "+OK")
+        events = [type_and_data(line) for line in next_events(observer, 300)]
+        for number in range(5):         # of each sender all, in its order
+            self.assertEqual([each for each in events if each[0] == number],
+                             [(number, count) for count in range(60)])
+        # None had to wait until another one was through.
+        order = [vscp_type for vscp_type, _ in events]
+        self.assertLess(max(order.index(number) for number in range(5)),
+                        min(len(order) - order[::-1].index(number) for number in range(5)))
 
     def test_clients_that_wait_for_the_bus_give_up_together(self) -> None:
         daemon = self.daemon_in_process()
@@ -1953,6 +2121,37 @@ class TurnTest(OwnDaemonTestCase):
             daemon.tick()
         self.assertEqual([len(client.lines) for client in clients], [0] * 9)
         self.assertFalse(daemon.waiting)
+
+    def test_end_of_input_while_a_SEND_waits(self) -> None:
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
+        full = uvscpd.NoRoom("full", uvscpd.NEVER)
+        with mock.patch.object(daemon.bus, "send", side_effect=full) as send:
+            other_end.sendall(b"send 96,20,3,0,,0,-\n")
+            other_end.shutdown(socket.SHUT_WR)
+            for _ in range(3):
+                for key, mask in daemon.selector.select(0):
+                    key.data(mask)
+            self.assertEqual(list(daemon.waiting), [client])
+            send.side_effect = None
+            daemon.send_waiting()
+        other_end.settimeout(TIMEOUT)
+        self.assertTrue(other_end.recv(4096).endswith(b":virtual:\r\n+OK\r\n"))
+
+    def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
+        with mock.patch.object(daemon.bus, "send",
+                               side_effect=uvscpd.NoRoom("no room", uvscpd.NEVER)):
+            client.lines.extend(["rcvloop", "send 96,20,3,0,,0,-"])
+            client.turn()
+            client.sign_at = daemon.now
+            daemon.tick()
+            daemon.now += uvscpd.SEND_WAIT_S
+            daemon.tick()
+            daemon.tick()
+        self.assertTrue(other_end.recv(4096).endswith(
+            b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
 
 
 class ClientIdTest(OwnDaemonTestCase):
@@ -2656,6 +2855,15 @@ class ProcessTest(OwnDaemonTestCase):
             with self.subTest(most=most):
                 self.assertEqual((result.returncode, result.stdout), (2, ""))
                 self.assertRegex(result.stderr, rf"\Auvscpd\.py: .*{word}.*\n\Z")
+
+    def test_more_clients_than_the_soft_limit_of_descriptors(self) -> None:
+        daemon = self.start("--max-clients", "40", prepare=lambda: resource.setrlimit(
+            resource.RLIMIT_NOFILE, (32, 256)))
+        peers = [self.connect(daemon) for _ in range(40)]
+        with Peer(daemon.port) as peer:
+            peer.expect("-OK - Max number of clients connected.", "(closed)")
+        for peer in peers:
+            peer.say("noop")
 
     def test_pidfile(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
@@ -3785,204 +3993,6 @@ class PatienceTest(OwnDaemonTestCase):
         while descriptors(daemon) > used:
             self.assertLess(time.monotonic(), deadline, f"{descriptors(daemon)}, {used} at first")
             time.sleep(1)
-
-
-class TroubleTest(OwnDaemonTestCase):
-    """Clients that vanish, linger or read slowly, too few descriptors, a full bus, a bug."""
-
-    def test_closed_without_reading_replies(self) -> None:
-        daemon = self.start()
-        observer = self.connect(daemon)
-        for title, pause in (("running", contextlib.nullcontext()), ("paused", daemon.paused())):
-            with pause, Peer(daemon.port) as peer:
-                send_events(peer, range(400))
-            with self.subTest(title):
-                observer.await_events(400)
-                observer.send("retr 400")
-                self.assertEqual(read_numbers(observer, 399), list(range(400)))
-                observer.expect("+OK")
-
-    def test_memory_of_clients_that_quit(self) -> None:
-        daemon, count, no_events = self.start(), 250, ("sflt 0,0,9,::0", "smsk 0,0,255,::0")
-        sender = self.connect(daemon)
-        sender.say(*no_events)
-        used = []
-        for _ in range(3):
-            peers = [self.connect(daemon) for _ in range(30)]
-            for number, peer in enumerate(peers):       # each has lines of its own
-                peer.say(f"sgid {number:X}" + ":FF" * 15)
-            send_all(sender, range(count))
-            for peer in peers:
-                peer.await_events(count)
-                peer.say(*no_events)
-            for peer in peers:                          # an event that nobody wants
-                peer.say("send 96,20,8,0,,0,- ; quit | +OK - bye | (closed)")
-                peer.__exit__()
-            used.append(memory(daemon))
-        self.assertLess(used[-1] - used[0], MEGABYTE)   # the lines of two rounds are 2.2 MB
-
-    def test_keepalive_notices_a_vanished_client(self) -> None:
-        client, _ = self.connect_in_process(self.daemon_in_process())
-        # A client is gone after 60 + 4 * 15 s without an acknowledgement, not for reading slowly.
-        for option, value in (("NODELAY", 1), ("KEEPIDLE", 60), ("KEEPINTVL", 15), ("KEEPCNT", 4),
-                              ("USER_TIMEOUT", 0)):
-            self.assertEqual(client.sock.getsockopt(
-                socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}")), value, option)
-        self.assertTrue(client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
-
-    def test_out_of_descriptors(self) -> None:
-        daemon = self.start()
-        peers = [self.connect(daemon)]
-        _, most = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
-        limits = (descriptors(daemon) + 2, most)
-        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, limits)
-        peers += [self.connect(daemon) for _ in range(2)]
-        waiting = Peer(daemon.port)
-        self.addCleanup(waiting.__exit__)
-        # Those who are there are served. The sign of life comes after two seconds.
-        peers[0].say("rcvloop")
-        with idle(daemon):
-            self.assertEqual(peers[0].read_line(), "+OK")
-        tries = daemon.log.count("cannot accept a connection")
-        self.assertIn(tries, range(1, int(2 * (time.monotonic() - waiting.since)) + 4))
-        peers[1].__exit__()
-        waiting.greeted()
-
-    def test_more_clients_than_the_soft_limit_of_descriptors(self) -> None:
-        daemon = self.start("--max-clients", "40", prepare=lambda: resource.setrlimit(
-            resource.RLIMIT_NOFILE, (32, 256)))
-        peers = [self.connect(daemon) for _ in range(40)]
-        with Peer(daemon.port) as peer:
-            peer.expect("-OK - Max number of clients connected.", "(closed)")
-        for peer in peers:
-            peer.say("noop")
-
-    def test_senders_share_a_bus_that_is_full_now_and_then(self) -> None:
-        daemon = self.start(program=changed_program("""
-            import random
-            chance, send = random.Random(1), uvscpd.Bus.send
-            def send_or_not(*arguments):
-                if chance.random() < 0.3:
-                    raise uvscpd.NoRoom("a full bus for the test", 0.001)
-                send(*arguments)
-            uvscpd.Bus.send = send_or_not
-        """))
-        observer, *senders = (self.connect(daemon) for _ in range(6))
-        observer.say("rcvloop")
-        for number, peer in enumerate(senders):
-            peer.send(*(send_line(number, count) for count in range(60)), "chid")
-        for peer in senders:
-            peer.expect(*["+OK"] * 60, "0", "+OK")
-        events = [type_and_data(line) for line in next_events(observer, 300)]
-        for number in range(5):         # of each sender all, in its order
-            self.assertEqual([each for each in events if each[0] == number],
-                             [(number, count) for count in range(60)])
-        # None had to wait until another one was through.
-        order = [vscp_type for vscp_type, _ in events]
-        self.assertLess(max(order.index(number) for number in range(5)),
-                        min(len(order) - order[::-1].index(number) for number in range(5)))
-
-    def test_client_reset_while_its_command_takes_events_in(self) -> None:
-        daemon = self.daemon_in_process()
-        client, other_end = self.connect_in_process(daemon)
-        daemon.now += 1
-        client.stream_at = daemon.now
-        other_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        other_end.close()
-        client.lines.extend(["noop", "cdta", "send 96,20,3,0,,0,-", "quit"])
-        daemon.bus.send(1, b"", SENDERS["A"])
-        client.on_ready(selectors.EVENT_READ)
-        self.assertTrue(client.closed)
-        self.assertEqual((daemon.clients, daemon.leaving), ({}, set()))
-        self.assertEqual(len(daemon.bus.read(9)[0]), 1)     # its SEND has run all the same
-
-    def test_no_events_after_QUIT(self) -> None:
-        daemon = self.daemon_in_process("--buffer", "9")
-        client, other_end = self.connect_in_process(daemon)
-        with other_end, other_end.makefile("rb") as replies:
-            client.fifo.extend(["an event\r\n"] * 9)
-            client.lines.extend(["retr 2", "rcvloop", "quit"])
-            client.turn()
-            daemon.now += 3
-            daemon.tick()
-            self.assertFalse(client.stream_at < uvscpd.NEVER or client.closed)
-            other_end.settimeout(TIMEOUT)
-            heard = replies.read()
-            self.assertTrue(heard.endswith(b"+OK - bye\r\n"))
-            self.assertEqual(heard.count(b"an event"), 2)
-
-    def test_slow_reader_that_leaves_has_time(self) -> None:
-        daemon = self.daemon_in_process()
-        client, other_end = self.connect_in_process(daemon)
-        while not client.output:                # until the connection takes no more
-            client.write("x" * 60000 + "\n")
-            client.flush()
-        client.lines.append("quit")
-        client.leave()
-        daemon.now += 60                        # nothing was read meanwhile
-        client.tick()
-        self.assertFalse(client.closed)
-        while client.output:
-            other_end.recv(1 << 16)
-            client.turn()
-        for seconds, closed in ((4, False), (2, True)):     # with all sent, 5 s
-            daemon.now += seconds
-            daemon.tick()
-            self.assertEqual(client.closed, closed)
-
-    def test_command_of_a_client_that_reads_slower_than_events_come(self) -> None:
-        daemon = self.daemon_in_process("--buffer", "100000")
-        client, other_end = self.connect_in_process(daemon)
-        client.stream_at = daemon.now
-        lines = ["0,0,0,0,2026-11-22T00:00:00,0,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0\r\n"] * 1000
-        while len(client.fifo) < 50000:
-            client.put(lines, "".join(lines).encode(), 4000)
-        client.turn()
-        other_end.sendall(b"quitloop\n")
-        for _ in range(500):
-            if client.stream_at < uvscpd.NEVER:
-                client.put(lines, "".join(lines).encode(), 4000)
-                other_end.recv(1 << 16)
-                for key, mask in daemon.selector.select(0):
-                    key.data(mask)
-        self.assertEqual(client.stream_at, uvscpd.NEVER)
-
-    def test_too_many_linger_and_the_longest_is_dropped(self) -> None:
-        daemon = self.daemon_in_process("--max-clients", "200")
-        clients = [self.connect_in_process(daemon)[0] for _ in range(uvscpd.MAX_LEAVING + 2)]
-        clients[0].output += b"not yet sent"
-        for number, client in enumerate(clients):
-            self.assertEqual([each.closed for each in clients].index(True) if number > 100 else 0,
-                             number > 100)
-            client.leave()
-            daemon.now += 0.01
-        self.assertEqual([number for number, each in enumerate(clients) if each.closed], [1, 2])
-
-    def test_many_QUIT_in_one_turn(self) -> None:
-        daemon = self.start("--max-clients", "150")
-        peers = [self.connect(daemon) for _ in range(150)]
-        with daemon.paused():
-            for peer in peers:
-                peer.send("vers", "quit")
-        for peer in peers:
-            peer.expect("1,0,0,0", "+OK", "+OK - bye", "(closed)")
-
-    def test_bug_in_a_command(self) -> None:
-        daemon = DaemonProcess(program=changed_program("""
-            def broken(client):
-                raise RuntimeError("a bug for the test")
-            uvscpd.COMMANDS["wcyd"].handler = broken
-        """))
-        a, b = self.connect(daemon), self.connect(daemon)
-        a.send("noop", "wcyd", "noop")
-        while a.read_line() != "(closed)":
-            self.assertEqual(a.heard[-1], "+OK")
-        for peer in (b, self.connect(daemon)):
-            peer.say("chid | 0 | +OK")
-        with self.assertRaisesRegex(AssertionError, r"(?s)status 0.*a bug in uvscpd\.py, the "
-                                    r"client is dropped:\nTraceback.*\n  line \d+, in broken\n"
-                                    r"RuntimeError: a bug for the test\n"):
-            daemon.stop()
 
 
 # =============================================================================
