@@ -26,7 +26,7 @@ The letter may be missing if there is only one client. `*` stands for a date and
 `#` for a timestamp, `*,#` for both as in an event, `...` for any text, `::5` for a
 GUID of zeros that ends with 5, ` $` for a space at the end of a line, and `(closed)`
 for the end of the connection. Successive `>` lines of one client go in one packet,
-unless a blank line stands between them. Who is still connected at the end, quits.
+unless a blank line stands between them. At the end each client still connected quits.
 
 Three verbs play such lines:
 
@@ -362,7 +362,7 @@ def parse_transcript(text: str) -> list[list[Step]]:
     packets: list[list[Step]] = [[]]
     for steps in map(parse_line, text.split("\n")):
         before = packets[-1]
-        # What stands behind a `<` or `=` is sent once that has come.
+        # What stands after a `<` or `=` is sent once that has come.
         if not (steps and before) or (steps[0].who != before[0].who or steps[0].what == "="
                                       or steps[0].what == ">" and before[0].what != ">"):
             packets.append([])
@@ -374,7 +374,7 @@ def parse_transcript(text: str) -> list[list[Step]]:
     return [packet for packet in packets if packet]
 
 
-# Nothing of this may run when it follows QUIT in one packet.
+# None of this may run when it follows QUIT in the same packet.
 AFTER_QUIT = "noop\nsend 0,511,255,0,,0,-,1\nhelp\n\0\xff\nquit\nno line end"
 
 
@@ -433,7 +433,7 @@ class DaemonTestCase(unittest.TestCase):
         return peer
 
     def play(self, transcript: str, *arguments: str) -> None:
-        """Run a transcript line by line, packet by packet, byte by byte, with lines behind QUIT.
+        """Run a transcript line by line, packet by packet, byte by byte, and with lines after QUIT.
 
         If there are arguments, a daemon of its own is started with them.
         """
@@ -523,7 +523,7 @@ def read_numbers(peer: Peer, last: int) -> list[int]:
     while numbers[-1] < last:
         line = peer.file.readline()
         if not line.endswith(b"\r\n"):
-            raise AssertionError(f"a line without CR LF behind event {numbers[-1]}: {line!r}")
+            raise AssertionError(f"a line without CR LF after event {numbers[-1]}: {line!r}")
         if line != b"+OK\r\n":
             numbers.append(int.from_bytes(map(int, line.split(b",")[-4:]), "big"))
     return numbers[1:]
@@ -684,7 +684,7 @@ class OwnDaemonTestCase(unittest.TestCase):
                  **options: Any) -> Iterator[tuple[int, int]]:
         """Start a daemon in the background; its port and process id. Afterwards it must end."""
         with tempfile.TemporaryDirectory() as directory, reserved_port() as port:
-            life, other_end = os.pipe()         # at its end when the daemon has ended
+            life, other_end = os.pipe()         # end of file once the daemon has ended
             self.addCleanup(os.close, life)
             result = run(*program, "-c", BUS, "-i", "127.0.0.1", "-p", str(port), "--pidfile",
                          "uvscpd.pid", *arguments, cwd=directory, pass_fds=(other_end,), **options)
@@ -801,7 +801,7 @@ BAD_EVENTS = (
     "96,20,3,0,,0,-,0x", "96,20,3,0,,0,-,0xG", "96,20,3,0,,0,-,FF", "96,20,3,0,,0,-,1.5",
     "96,20,3,0,,0,-,1,2,3,4,5,6,7,8,9",
     "96,20,3,0,,0,0", "96,20,3,0,,0,::1:FFF", "96,20,3,0,,0,0:G", "96,20,3,0,,0,::0:",
-    # Class 512-1023 without the GUID of an interface, with too much behind it, with another's.
+    # Class 512-1023 without the GUID of an interface, with too much after it, with another's.
     "96,532,3,0,,0,-", f"96,532,3,0,,0,-,{ZEROS[2:]}", f"96,532,3,0,,0,-,{ZEROS},1,2,3,4,5,6,7,8,9",
     f"96,532,3,0,,0,-,1{ZEROS[1:]}", f"96,532,3,0,,0,-,{ZEROS[:-6]},1,0,0",
 )
@@ -1258,7 +1258,7 @@ class SlowReaderTest(OwnDaemonTestCase):
         while client.output:
             other_end.recv(1 << 16)
             client.turn()
-        for seconds, closed in ((4, False), (2, True)):     # with all sent, 5 s
+        for seconds, closed in ((4, False), (2, True)):     # 5 s from when all has been sent
             daemon.now += seconds
             daemon.tick()
             self.assertEqual(client.closed, closed)
@@ -1406,7 +1406,7 @@ class CommandTest(DaemonTestCase):
                          [row.names[0].upper() for row in ROWS])
 
     TRANSCRIPTS = """
-    test_lines_behind_QUIT_do_not_run
+    test_lines_after_QUIT_do_not_run
         A> quit         | +OK - bye | (closed)
         B> send 96,20,2,0,,0,-
         C= 1
@@ -1492,7 +1492,7 @@ class CommandTest(DaemonTestCase):
         A= 2
         A> retr -1      | 96,20,1,0,*,#,::0 | 96,20,2,0,*,#,::0 | +OK
         A> retr -9
-    test_spaces_behind_commas
+    test_spaces_after_commas
         A> smsk 0, 0xFFFF,0,  ::0 ; sflt 0, 20, 0, ::0
         B> send 96, 20, 3, 0, , 0, -, 1,  2
         B> send 96 ,20,3,0,,0,- | -OK - wrong number of arguments, expected head,class,...
@@ -1569,7 +1569,7 @@ class ReceiveLoopTest(DaemonTestCase):
         in_loop, out_of_loop, again = peers = [self.connect() for _ in range(3)]
         begin = time.monotonic()
         talk("A> rcvloop\nB> rcvloop ; quitloop\nC> rcvloop ; quitloop", *peers)
-        for _ in range(100):            # a moment, so that the times of C's loops differ
+        for _ in range(100):            # takes time, so that C's two loops do not begin at once
             again.ask("help")
         again.say("rcvloop")
         for seconds in (2, 4):
@@ -1706,14 +1706,14 @@ class AccessTest(OwnDaemonTestCase):
             peer.expect("+OK", "+OK" if peer is peers[-1] else WRONG)
         self.assertGreaterEqual(time.monotonic() - begin, 2.5 - 0.01)
 
-    def test_no_log_in_within_30_s(self) -> None:
+    def test_no_login_within_30_s(self) -> None:
         users = self.file("zero zz 0")
-        log_in = ["user zero", "pass zz"]
-        for guest, steps, sent_away in (        # what it sends, how long then nothing happens
+        login = ["user zero", "pass zz"]
+        for guest, steps, sent_away in (        # lines, and seconds without any after them
                 ("0", [([], 29)], False), ("0", [([], 29), ([], 2)], True),
                 ("1", [([], 29), ([], 2)], False),
                 ("0", [(["user zero"], 20), (["user zero"], 20)], True),
-                ("0", [(log_in, 60)], False)):          # also with nothing that it may do
+                ("0", [(login, 60)], False)):           # even if it may do nothing
             with self.subTest(guest=guest, steps=steps):
                 daemon = self.daemon_in_process("--users", users, "--guest", guest)
                 client, other_end = self.connect_in_process(daemon)
@@ -1844,7 +1844,7 @@ class FanOutTest(DaemonTestCase):
                 (["retr"], [event, "+OK"]),
                 (["clra", "cdta"], ["+OK - All events cleared.", "0 ", "+OK"]),
                 (["sflt 0,21,0,::0", "smsk 0,0xFFFF,0,::0", "cdta"], ["+OK", "+OK", "1 ", "+OK"])):
-            b.say("noop")               # or epoll still has A, which would be served first
+            b.say("noop")               # else epoll still lists A, which would be served first
             with self.daemon.paused():
                 b.send("send 96,20,1,0,,0,-")
                 a.send(*commands)
@@ -1874,7 +1874,7 @@ class ConnectionTest(OwnDaemonTestCase):
         peers = [self.connect(daemon) for _ in range(3)]
         for _ in range(2):
             with Peer(daemon.port) as refused:
-                refused.send("user ", "pass ", "vers ")     # which must not cost it the answer
+                refused.send("user ", "pass ", "vers ")     # this must not cost it the answer
                 refused.expect("-OK - Max number of clients connected.", "(closed)")
         peers[0].say("quit | +OK - bye | (closed)")
         for peer in (self.connect(daemon), peers[1]):
@@ -1914,7 +1914,7 @@ class ConnectionTest(OwnDaemonTestCase):
         peers += [self.connect(daemon) for _ in range(2)]
         waiting = Peer(daemon.port)
         self.addCleanup(waiting.__exit__)
-        # Those who are there are served. The sign of life comes after two seconds.
+        # Connected clients are still served. The sign of life comes after two seconds.
         peers[0].say("rcvloop")
         with idle(daemon):
             self.assertEqual(peers[0].read_line(), "+OK")
@@ -2090,10 +2090,10 @@ class RoomTest(OwnDaemonTestCase):
         for peer in senders:
             peer.expect(*["+OK"] * 60, "0", "+OK")
         events = [type_and_data(line) for line in next_events(observer, 300)]
-        for number in range(5):         # of each sender all, in its order
+        for number in range(5):         # all of each sender, in its order
             self.assertEqual([each for each in events if each[0] == number],
                              [(number, count) for count in range(60)])
-        # None had to wait until another one was through.
+        # No client had to wait until another one was finished.
         order = [vscp_type for vscp_type, _ in events]
         self.assertLess(max(order.index(number) for number in range(5)),
                         min(len(order) - order[::-1].index(number) for number in range(5)))
@@ -2111,7 +2111,7 @@ class RoomTest(OwnDaemonTestCase):
             self.assertEqual(send.call_count, 1)            # the others do not try
             daemon.now += uvscpd.SEND_WAIT_S - 0.1
             send.side_effect = [None, full]
-            daemon.send_waiting()                           # the bus took one: time starts anew
+            daemon.send_waiting()                           # the bus took one: time starts again
             self.assertEqual(list(daemon.waiting), clients[1:])
             daemon.now += uvscpd.SEND_WAIT_S - 0.1
             send.side_effect = full
@@ -2163,7 +2163,7 @@ class ClientIdTest(OwnDaemonTestCase):
         a, b, c = peers = [self.connect(daemon) for _ in range(3)]
         for number, peer in enumerate(peers, 1):
             peer.say(f"chid | {number} | +OK", f"ggid | {self.BASE}:0:{number}:0:0 | +OK")
-        # The id is the obid. A mirrored event may be meant for A's GUID or for the interface's.
+        # The id is the obid. A mirrored event may name A's GUID or the interface's.
         # Event lines have the interface's GUID, whatever SGID says; filters compare with that.
         interface = f"{self.BASE}:0:0:0"
         seen = " | ".join(f"96,20,{rest}" for rest in (
@@ -2182,7 +2182,7 @@ class ClientIdTest(OwnDaemonTestCase):
             C> retr 4 | {seen} | +OK
             B> quit | +OK - bye | (closed)
         """, *peers)
-        d = self.connect(daemon)                            # its id is not B's, which is free
+        d = self.connect(daemon)                            # does not get the id of B, who left
         clients = " | ".join(f"{number},4,{self.BASE}:0:{number}:0:0,{peer.name}|Started *"
                              for number, peer in ((1, a), (3, c), (4, d)))
         d.say(f"interface | 0,2,{interface}:0,{BUS}|Started * | {clients} | +OK")
@@ -2247,7 +2247,7 @@ class DiscoveryTest(OwnDaemonTestCase):
                     (0x0C001C00, b"\x80\x28" + socket.inet_aton(address)
                      + daemon.listener.getsockname()[1].to_bytes(2, "big"))] if address else [])
 
-    def test_ten_answers_a_second(self) -> None:
+    def test_ten_answers_per_second(self) -> None:
         daemon = self.daemon_in_process("--answer-probes")
         for now, answers in ((100.0, 10), (100.99, 0), (101.0, 10), (200.0, 10)):
             daemon.now = now
@@ -2323,10 +2323,10 @@ class SystemdTest(OwnDaemonTestCase):
     def test_STATUS_numbers_every_ten_seconds(self) -> None:
         sock, name = self.notify_socket()
         systemd = self.systemd(name)
-        for now, numbers, told in ((0, "0", True), (9, "5", False), (11, "5", True),
+        for now, numbers, sent in ((0, "0", True), (9, "5", False), (11, "5", True),
                                    (22, "5", False), (22, "6", True), (31, "7", False)):
             systemd.tick(now, "OK", numbers)
-            self.assertEqual(self.heard(sock), [f"READY=1\nSTATUS=OK, {numbers}"] * told)
+            self.assertEqual(self.heard(sock), [f"READY=1\nSTATUS=OK, {numbers}"] * sent)
 
     def test_watchdog_period(self) -> None:
         pid = str(os.getpid())
@@ -2344,7 +2344,7 @@ class SystemdTest(OwnDaemonTestCase):
 # =============================================================================
 # From a frame to its names and to what its data says.
 
-# CAN id, names of class and type; behind each `|`, data: what it says.
+# CAN id, names of class and type; after each `|`, data: its meaning.
 MEANINGS = """
     # Nodes and registers.
     00000205 PROTOCOL NEW_NODE_ONLINE | 05: node 5
@@ -2371,7 +2371,7 @@ MEANINGS = """
         | 0007: frame 0, GUID 7 | 031F207E7F410000: frame 3, MDF . ~.A | 0600000000000000: frame 6
         | 00:
     00002A05 PROTOCOL | 01:
-    # Measurements: each coding, units by name and by number, nothing behind the coding.
+    # Measurements: each coding, units by name and by number, nothing after the coding.
     0C0A0605 MEASUREMENT TEMPERATURE | 8A8100D7: 21.5 C, sensor 2 | 80858D: -0.00115 K, sensor 0
         | 90021B22: 694600 F, sensor 0 | 98000001: 1, unit 3, sensor 0
         | AE41838000: 16.4375 C, sensor 6 | C0000000: | E001: | :
@@ -2416,7 +2416,7 @@ MEANINGS = """
     0C5A0305 WEATHER | 0001236015:
     1FFFFFFF LOCAL | FFFFFFFFFFFFFFFF:
     0D900305 | 000123:
-    # The last name of each list, and those behind a gap, so no name is missing or twice.
+    # The last name of each list and those after a gap: no name is missing or there twice.
     00000000 PROTOCOL GENERAL | :
     00002900 PROTOCOL GET_EVENT_INTEREST_RESPONSE | :
     00003000 PROTOCOL ACTIVATE_NEW_IMAGE_ACK | :
@@ -3361,7 +3361,7 @@ class SendersTest(KernelTestCase):
             self.await_state(a, "OK")
             counts = [len(self.retrieve(peer)) for peer in (a, b, c)]
             self.assertEqual(counts, [0, counts[1], counts[1]])
-            # Linux drops some in silence while the interface is on its way down.
+            # While an interface goes down, Linux drops some frames and reports no error.
             self.assertTrue(50 <= counts[1] <= sent, (counts, sent))
             self.assert_senders_known(b, a, c)
 
@@ -3652,7 +3652,7 @@ class UnderWayTest(KernelTestCase):
         """Type and data of all events for each client, those under way, too."""
         self.marks += 1
         mark = (255, self.marks)
-        self.node().send(*mark)             # comes behind all that is under way
+        self.node().send(*mark)             # comes after all that is under way
         arrived, deadline = [], time.monotonic() + TIMEOUT
         for peer in peers:
             events = self.retrieve(peer)
@@ -3800,15 +3800,15 @@ class HintTest(OwnDaemonTestCase):
 
     @needs_root
     def test_interface_that_is_not_CAN_or_missing(self) -> None:
-        for name, told, not_told in (
+        for name, shown, missing in (
                 ("lo", r"\blo\b.* no(t a)? CAN interface", "ip link"),
                 ("can7", r"\bcan7\b.*(adapter|driver)", "ip link set can7 up")):
             daemon = self.start("-c", name)
             with Peer(daemon.port).greeted(name, "...") as peer:
                 for where, text in (("reply", peer.ask(send_line(1))[0]), ("log", daemon.stop())):
                     with self.subTest(name, where=where):
-                        self.assertRegex(text, told)
-                        self.assertNotIn(not_told, text)
+                        self.assertRegex(text, shown)
+                        self.assertNotIn(missing, text)
 
     def test_no_CAN_support(self) -> None:
         for code, text in ((errno.EAFNOSUPPORT, "no CAN support (Address family not supported)"),
@@ -3925,9 +3925,9 @@ class LogTest(OwnDaemonTestCase):
             self.call(daemon.port)
             calls += 1
         log = daemon.stop()
-        told = sum(int(number) for number in re.findall(lost, log))
-        self.assertAlmostEqual(told + len(re.findall(": (dis)?connected", log)), 2 * calls,
-                               delta=1)         # the last one may still be on its way out
+        unlogged = sum(int(number) for number in re.findall(lost, log))
+        self.assertAlmostEqual(unlogged + len(re.findall(": (dis)?connected", log)), 2 * calls,
+                               delta=1)         # the last one may not be written yet
 
     def test_messages_that_cannot_be_written(self) -> None:
         log = uvscpd.Log()
@@ -3962,7 +3962,7 @@ class LogTest(OwnDaemonTestCase):
 
 @needs_minutes
 class PatienceTest(OwnDaemonTestCase):
-    """What takes minutes to show."""
+    """Tests that need minutes."""
 
     def test_slow_readers_stay(self) -> None:
         daemon = self.start()
@@ -3985,7 +3985,7 @@ class PatienceTest(OwnDaemonTestCase):
     def test_vanished_clients_are_dropped(self) -> None:
         daemon = self.start()
         used = descriptors(daemon)
-        for command in ("noop", "rcvloop"):             # to the latter there is always more to send
+        for command in ("noop", "rcvloop"):        # the latter always has more to get
             self.connect(daemon).say(command)
         shell("tc qdisc add dev lo root netem loss 100%")
         self.addCleanup(shell, "tc qdisc del dev lo root")
@@ -4204,7 +4204,8 @@ def run_soak(seconds: float, iface: str) -> None:
 # `test_uvscpd.py bench` measures the daemon beside a floor: a relay that reads
 # frames with the kernel's time of them until the bus is empty, makes the lines from
 # cached parts and writes once to each client. It is woken for each frame and knows
-# no commands.
+# no commands. It has its own code for the lines, on purpose not uvscpd's own
+# functions: if these became slower, so would the floor, and the ratio would hide it.
 #
 # On a usual machine compare only the ratios. By the stopwatch, which counts
 # instructions (see .ci/kernel), figures repeat within 1 % whatever else the machine
@@ -4220,7 +4221,7 @@ def run_soak(seconds: float, iface: str) -> None:
 
 PYTHON = (sys.executable, "-s", "-S")       # without what this machine's site-packages load
 COLONS = 17                     # in an event line: 15 in the GUID, 2 in the datetime
-LONE_S = 0.03                   # without a frame for so long, the next one is a lone one
+LONE_S = 0.03                   # after so long without a frame, the next one is a lone one
 FIGURES = (                     # what is measured, its unit, its limit by the stopwatch
     ("question and answer, 1 connection", "us", "<= 900"),
     ("question and answer, 2 connections", "us", "<= 1100"),
@@ -4478,7 +4479,7 @@ class Relay:
                 asker.recv(4096)
         return 1e6 * sorted(times)[rounds // 2]
 
-    def commands_a_second(self, line: bytes, count: int, pipelined: bool) -> float:
+    def commands_per_second(self, line: bytes, count: int, pipelined: bool) -> float:
         """How many commands per second of one client are answered."""
         with self.connect(receive=False) as sock:
             begin = time.monotonic()
@@ -4518,7 +4519,7 @@ def measure(kind: str, interface: str, seconds: float) -> dict[str, float]:
         relay = Relay(kind, interface, *(["--buffer", "16000"] if count == 20 else []))
         for _ in range(count):
             relay.connect()
-        relay.load(1000, 500)       # whatever runs for the first time has to be loaded
+        relay.load(1000, 500)       # what runs for the first time has to be loaded
         for rate, frames in ((1000, 1000 * seconds), (7600, 3000 * seconds)):
             missing, cpu, _ = relay.load(rate, int(frames))
             note(f"CPU at {rate} frames/s, {who}", cpu)
@@ -4555,8 +4556,8 @@ def measure_commands(interface: str, amount: int, daemon: dict[str, float],
     for (what, _, _), pipelined in zip(FIGURES[-4:], (False, True)):
         progress(what)
         # In turns, so that a slow moment of the machine hits both.
-        sends, noops = zip(*((relay.commands_a_second(send, amount, pipelined),
-                              relay.commands_a_second(b"noop\n", amount, pipelined))
+        sends, noops = zip(*((relay.commands_per_second(send, amount, pipelined),
+                              relay.commands_per_second(b"noop\n", amount, pipelined))
                              for _ in range(3)))
         daemon[what], floor[what] = max(sends), max(noops)
     relay.close()
