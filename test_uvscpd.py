@@ -2133,10 +2133,23 @@ class RoomTest(OwnDaemonTestCase):
                 for key, mask in daemon.selector.select(0):
                     key.data(mask)
             self.assertEqual(list(daemon.waiting), [client])
+            client.on_ready(selectors.EVENT_READ)   # select may have reported it in that turn
+            self.assertEqual(list(daemon.waiting), [client])
             send.side_effect = None
             daemon.send_waiting()
         other_end.settimeout(TIMEOUT)
         self.assertTrue(other_end.recv(4096).endswith(b":virtual:\r\n+OK\r\n"))
+
+    def test_input_is_not_watched_while_a_SEND_waits(self) -> None:
+        daemon = self.daemon_in_process()
+        client, other_end = self.connect_in_process(daemon)
+        full = uvscpd.NoRoom("full", uvscpd.NEVER)
+        with mock.patch.object(daemon.bus, "send", side_effect=full):
+            client.lines.append("send 96,20,3,0,,0,-")
+            client.turn()
+            other_end.sendall(b"noop\n")
+            # Watched, it would keep the loop busy.
+            self.assertNotIn(client.sock, [key.fileobj for key, _ in daemon.selector.select(0)])
 
     def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
         daemon = self.daemon_in_process()
