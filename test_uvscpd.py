@@ -1118,9 +1118,272 @@ class BusTest(unittest.TestCase):
                 for error_class in error_classes:
                     self.error_frame(error_class)
                 lines.clear()
-                self.bus.check()
+                self.bus.check(time.monotonic())
                 self.assertEqual([line.partition(", try: ")[0] for line in lines],
                                  [f":virtual:: {text}"] * bool(text))
+
+
+def attribute(number: int, value: bytes) -> bytes:
+    """A struct nlattr."""
+    return struct.pack("=HH", 4 + len(value), number) + value + bytes(-len(value) % 4)
+
+
+def link_message(*can: bytes, names: tuple[str, ...] = ("can0",), flags: int = 1, carrier: int = 1,
+                 qdisc: str = "pfifo_fast", kind: str = "can", index: int = 3) -> bytes:
+    """What the kernel says of an interface, after struct nlmsghdr; `can`: the driver's part."""
+    first, *others = (name.encode() + b"\0" for name in names)
+    return struct.pack("=BxHiII", 0, 280, index, flags, 0) + b"".join((
+        attribute(3, first), attribute(13, struct.pack("=I", 10)), attribute(33, bytes([carrier])),
+        attribute(6, qdisc.encode() + b"\0"), attribute(23, bytes(200)),
+        attribute(0x8000 | 52, b"".join(attribute(53, name) for name in others)),
+        attribute(18, attribute(1, kind.encode() + b"\0") + attribute(2, b"".join(can)))))
+
+
+def error_message(code: int) -> bytes:
+    """That the kernel refuses a question, after struct nlmsghdr."""
+    return struct.pack("=i", -code) + bytes(16)
+
+
+def can_state(state: int) -> bytes:
+    return attribute(4, struct.pack("=I", state))
+
+
+class LinkTest(unittest.TestCase):
+    """What the kernel says of the interface, and what error frames and frames add to it."""
+
+    UP = uvscpd.UNKNOWN._replace(names=("can0",), index=3, is_can=True, up=True, carrier=True,
+                                 listen_only=False, kind="can")
+
+    def test_messages(self) -> None:
+        can = (attribute(1, struct.pack("=8I", 125000, *[0] * 7)), can_state(2),
+               attribute(5, struct.pack("=II", 0, 2)), attribute(6, struct.pack("=I", 100)),
+               attribute(8, struct.pack("=HH", 128, 7)))
+        whole = link_message(*can, names=("can0", "vscpbus", "bus2"))
+        link = uvscpd.Link(("can0", "vscpbus", "bus2"), 3, True, True, True, 125000, 2, True,
+                           "pfifo_fast", "can")
+        self.assertEqual(uvscpd.parse_message(16, whole), (True, link))
+        self.assertEqual(uvscpd.parse_message(17, whole), (False, link))
+        self.assertEqual(uvscpd.parse_link(link_message(kind="vcan", carrier=0, flags=0)),
+                         uvscpd.Link(("can0",), 3, True, False, False, None, None, False,
+                                     "pfifo_fast", "vcan"))
+        for size in range(len(whole)):
+            uvscpd.parse_message(16, whole[:size])                  # ends, and raises nothing
+        self.assertEqual(uvscpd.parse_message(2, error_message(errno.ENODEV)),
+                         (False, uvscpd.UNKNOWN))
+        for kind, body in ((2, error_message(errno.EPERM)), (2, b""), (3, b""), (24, whole)):
+            self.assertIsNone(uvscpd.parse_message(kind, body))
+
+    def ask(self, name: str) -> tuple[bool, uvscpd.Link]:
+        """What the kernel of this machine answers."""
+        netlink = uvscpd.Netlink(name)
+        self.addCleanup(netlink.close)
+        netlink.ask()
+        self.assertTrue(netlink.asked)
+        answers: list[tuple[bool, uvscpd.Link]] = []
+        until(lambda: answers.extend(netlink.read()) or answers)        # type: ignore[func-returns-value]
+        self.assertFalse(netlink.asked)
+        return answers[0]
+
+    def test_interfaces_of_this_machine(self) -> None:
+        for _, name in socket.if_nameindex():
+            there, link = self.ask(name)
+            self.assertEqual((there, link.names[0]), (True, name))
+            self.assertEqual(uvscpd.link_by_ioctl(name),
+                             (True, uvscpd.UNKNOWN._replace(up=link.up)))
+        self.assertFalse(self.ask("lo")[1].is_can)
+        self.assertEqual(self.ask("none"), (False, uvscpd.UNKNOWN))
+        self.assertEqual(uvscpd.link_by_ioctl("none"), (False, uvscpd.UNKNOWN))
+
+    def test_answer_that_is_older_than_what_happened(self) -> None:
+        netlink = uvscpd.Netlink("lo")
+        self.addCleanup(netlink.close)
+        netlink.ask()
+        netlink.outdate()
+        until(lambda: netlink.read() or not netlink.asked)
+        self.assertEqual(netlink.read(), [])
+        netlink.ask()
+        until(netlink.read)
+
+    def test_no_thread_or_no_rtnetlink(self) -> None:
+        netlink = uvscpd.Netlink("lo")
+        self.addCleanup(netlink.close)
+        with mock.patch("_thread.start_new_thread", side_effect=RuntimeError("no thread")):
+            netlink.ask()
+        self.assertFalse(netlink.asked)
+        with mock.patch.object(socket, "socket", side_effect=PermissionError(1, "no")):
+            self.assertIsNone(uvscpd.Netlink("lo").sock)
+
+    def bus(self, **about: Any) -> uvscpd.Bus:
+        """A bus on can0 of which only the tests say how it is."""
+        bus = uvscpd.Bus(":virtual:", lambda _sock: None)
+        bus.close()
+        bus.name, bus.virtual, bus.sock = "can0", False, mock.Mock(getsockname=lambda: ("can0",))
+        bus.link = self.UP._replace(**about)
+        return bus
+
+    # What happens, and INFO's status then. The kernel says: k and a state, k- none, kdown, koff no
+    # carrier, kgone; e: error class and data[1]; f: a frame of a node; c: an own one comes back;
+    # s: ten seconds without an error frame.
+    HISTORIES = (
+        "k0=0 e004.0C=1 e004.00=0 k0=0",                # candleLight 1.0 ends a warning by 0
+        "k0=0 e004.30=2 e004.4C=1 k1=1 e004.00=0",      # candleLight 2.0
+        "k0=0 e004.30=2 k2=2 e020.00=2 f=2 k1=1 k0=0",  # a frame does not end what the kernel says
+        "k0=0 e020.00=1 k0=1 f=0", "k0=0 e001.00=1 f=1 k0=1 c=0", "k0=0 e020.00=1 k2=2 k0=0",
+        "k0=0 e040.00=3 k3=3 f=3 e004.40=0 k0=0",       # gs_usb keeps the carrier
+        "k0=0 e040.00=3 k3=3 e100.00=0 k0=0", "k0=0 e004.0C=1 k1=1 k0=0",   # mcp251x, m_can
+        "k3=3 koff0=3 k0=0", "k1=1 kdown=4 e040.00=4 k0=0", "kdown=4 k-=0",
+        "k-=0 e004.0C=1 k-=1 f=1 s=1 f=0", "k-=0 e004.0C=1 k-=1 e004.40=0",
+        "k-=0 e040.00=3 k-=3 f=3 s=3 f=0", "k-=0 koff-=3 k-=0", "k-=0 koff-=3 e004.40=3 k-=0",
+        "k-=0 e040.00=3 kdown=4 k-=0", "k0=0 kgone=4", "k0=0 e004.30=2 e001.00=2 k2=2")
+
+    def play(self, bus: uvscpd.Bus, what: str) -> None:
+        """Let one thing of a history happen."""
+        if what[0] == "k":
+            state = {"0": 0, "1": 1, "2": 2, "3": 3}.get(what[-1])
+            bus.on_link(what != "kgone", self.UP._replace(
+                state=state, up=what != "kdown", carrier="off" not in what))
+        elif what[0] == "e":
+            error_class, controller = what[1:].split(".")
+            data = bytes((0, int(controller, 16), 0, 0, 0, 0, 0, 0))
+            bus.on_error_frame(int(error_class, 16), data)
+        elif what[0] == "s":
+            bus.reported_at -= 10
+        else:
+            bus.on_unusual(uvscpd.EFF_FLAG | 1, b"", [], uvscpd.MSG_CONFIRM * (what == "c"))
+
+    def test_histories(self) -> None:
+        for history in self.HISTORIES:
+            bus = self.bus()
+            for what, status in re.findall(r"(\S+)=(\d)", history):
+                with self.subTest(history, what=what):
+                    self.play(bus, what)
+                    self.assertEqual(bus.state.status, int(status))
+
+    def test_bus_off_is_counted_once_until_it_ends(self) -> None:
+        bus = self.bus(state=0)
+        for what, count in (("e040.00", 1), ("e040.00", 1), ("k3", 1), ("koff3", 1), ("k0", 1),
+                            ("k3", 2), ("e040.00", 2)):
+            self.play(bus, what)
+            self.assertEqual(bus.bus_offs, count)
+
+    def test_INFO_has_only_known_error_classes(self) -> None:
+        bus = self.bus(state=0)
+        bus.on_error_frame(0x204, bytes((0, 0x0C, 0, 0, 0, 0, 96, 0)))
+        self.assertEqual(bus.state[:4], (1, 4, 0x0C, "error warning"))
+
+    def test_own_frames_at_bus_off(self) -> None:
+        for what, sender in (("e040.00 k3 e004.40", SENDERS["A"]),      # the controller sends them
+                             ("e040.00 k3 e100.00", None)):             # the kernel drops them
+            bus = self.bus(state=0)
+            bus.own.add(1, b"", SENDERS["A"])
+            for each in what.split():
+                self.play(bus, each)
+            with mock.patch.object(bus, "sock", mock.Mock(recvmsg=mock.Mock(
+                    side_effect=BlockingIOError))):
+                bus.read(1)
+            self.assertIs(bus.own.claim(1, b""), sender)
+
+    def test_what_is_logged_of_an_interface(self) -> None:
+        for about, texts in (
+                ({}, ["can0: up, can"]), ({"bitrate": 125000}, ["can0: up, can, 125000 bit/s"]),
+                ({"bitrate": 500000, "state": 2},
+                 ["can0: up, can, 500000 bit/s, error passive; VSCP nodes speak 125000"]),
+                ({"qdisc": "fq_codel"}, [
+                    "can0: up, can", "can0: the queue fq_codel may drop frames silently, "
+                    "try: tc qdisc replace dev can0 root pfifo_fast"]),
+                ({"qdisc": "pfifo_fast"}, ["can0: up, can"]),
+                ({"listen_only": True}, ["can0: up, can", uvscpd.listen_only_text("can0")])):
+            remarks = uvscpd.remarks_on("can0", self.UP._replace(**about), 1 << 22)
+            self.assertEqual([text for _, text in remarks], texts)
+        (_, _), (_, text) = uvscpd.remarks_on("can0", self.UP._replace(bitrate=125000), 425984)
+        self.assertEqual(text, "can0: the kernel buffers 443 frames for us, 0.5 s of a full bus, "
+                         "try: sysctl net.core.rmem_max=2097152, and start uvscpd again")
+
+    def test_remarks_are_logged_again_when_they_change(self) -> None:
+        bus = self.bus()
+        with logged() as lines:
+            for about, count in (({"bitrate": 125000}, 1), ({"bitrate": 125000, "state": 1}, 0),
+                                 ({"bitrate": 250000}, 1), ({"bitrate": 250000, "up": False}, 0)):
+                lines.clear()
+                bus.link = self.UP._replace(**about)
+                with mock.patch.object(bus.sock, "getsockopt", return_value=1 << 22):
+                    bus.log_remarks()
+                self.assertEqual(len(lines), count, about)
+
+    def test_missing_in_the_first_seconds(self) -> None:
+        down = "interface can0 is down"
+        for history, wanted in (
+                ("0:kdown 1:kgone 2:k0", [f"waiting: {down}"]),
+                ("0:kdown 11:kdown 12:k0", [f"waiting: {down}", down,
+                                            f"can0: the bus is back, was: {down}"]),
+                ("0:k0 1:kdown 2:k0", [f"waiting: {down}"]),
+                ("0:k0 11:kdown 12:k0", [down, f"can0: the bus is back, was: {down}"])):
+            bus = self.bus()
+            with logged() as lines, mock.patch.object(bus, "log_remarks"), \
+                    mock.patch.object(bus, "ask"):
+                for seconds, what in re.findall(r"(\d+):(\w+)", history):
+                    self.play(bus, what)
+                    bus.sock = bus.sock or mock.Mock(getsockname=lambda: ("can0",))
+                    for _ in range(2):
+                        bus.check(bus.started_at + int(seconds))
+                self.assertEqual([line.partition(", try")[0] for line in lines], wanted)
+
+    def test_listen_only(self) -> None:
+        bus = self.bus(listen_only=True)
+        bus.out = mock.Mock()
+        with self.assertRaisesRegex(uvscpd.VscpError, "listen-only mode, try: ip link set can0 d"):
+            bus.send(1, b"", SENDERS["A"])
+
+    def test_error_of_send_that_is_not_the_interface_s(self) -> None:
+        for code in errno.EACCES, errno.EINVAL, errno.EPERM:
+            bus = self.bus()
+            bus.out = mock.Mock(send=mock.Mock(side_effect=OSError(code, "no")))
+            with self.assertRaisesRegex(uvscpd.VscpError, "^can0: no$"):
+                bus.send(1, b"", SENDERS["A"])
+            self.assertIs(bus.state, uvscpd.BUS_WELL)
+
+    def test_no_SEND_at_bus_off(self) -> None:
+        for history, refused in (("k3", True), ("koff-", True), ("k- e040.00", False)):
+            bus = self.bus()
+            bus.out = mock.Mock()
+            for what in history.split():
+                self.play(bus, what)
+            bus.sock = None
+            with self.assertRaises(uvscpd.NoRoom) if refused else contextlib.nullcontext():
+                bus.send(1, b"", SENDERS["A"])
+            self.assertEqual(bus.out.send.called, not refused)
+
+    def test_names(self) -> None:
+        bus = self.bus()
+        for name in "can0", ("can0",):          # Python 3.7 gives text, later ones a tuple
+            with mock.patch.object(bus.sock, "getsockname", return_value=name):
+                self.assertEqual(bus.bound_name(), "can0")
+        bus.name, bus.netlink = "vscpbus", mock.Mock(sock=None)
+        here = self.UP._replace(names=("can0", "vscpbus"), state=0)
+        for there, link, status in (
+                (True, here, 0), (True, here._replace(names=("can9",), index=4, up=False), 0),
+                (True, here._replace(up=False), 4), (True, here, 0),
+                (True, here._replace(names=("can0",)), 4)):         # the name was taken from it
+            with mock.patch.object(bus.netlink, "read", return_value=[(there, link)]):
+                bus.read_links()
+            self.assertEqual(bus.state.status, status, link)
+
+    def test_time_in_the_form_that_is_in_force(self) -> None:
+        for old_form, data in ((0, struct.pack("=qq", 7, 9)), (1, struct.pack("@ll", 7, 9))):
+            bus = self.bus()
+            bus.set_options(mock.Mock(getsockopt=mock.Mock(return_value=old_form)))
+            self.assertEqual(bus.unpack_time(data), (7, 9))
+
+    def test_Python_without_SocketCAN(self) -> None:
+        for error in AttributeError("CAN_RAW"), OSError("unknown address family"):
+            with mock.patch.object(uvscpd.Bus, "set_options", side_effect=error), \
+                    mock.patch.object(socket, "AF_CAN", socket.AF_UNIX, create=True), \
+                    mock.patch.object(socket, "SOCK_RAW", socket.SOCK_DGRAM), \
+                    mock.patch.object(socket, "CAN_RAW", 0, create=True):
+                bus = uvscpd.Bus("nosuchcan0", lambda _sock: None)
+            self.addCleanup(bus.end)
+            self.assertEqual(uvscpd.state_text(bus.state),
+                             "this Python has no SocketCAN, try: CPython, on Linux")
 
 
 # =============================================================================
@@ -2816,8 +3079,9 @@ class ProcessTest(OwnDaemonTestCase):
                      "stat | 0,0,0,0,0,0,0 | +OK")
         log = daemon.stop().splitlines()
         self.assertEqual([line for line in log if not re.match("<[46]>[^<]", line)], [])
-        warning, = (line for line in log if line.startswith("<4>"))
-        self.assertRegex(warning, "adapter|driver|modprobe can_raw")
+        self.assertEqual([line for line in log if line.startswith("<4>")], [])
+        waiting, = (line for line in log if line.startswith("<6>waiting: "))
+        self.assertRegex(waiting, "adapter|driver|modprobe can_raw")
 
     def test_JOURNAL_STREAM_of_another_file(self) -> None:
         log = self.start(JOURNAL_STREAM="8:1").stop()
@@ -3220,8 +3484,11 @@ class KernelTestCase(unittest.TestCase):
     def go_down(self) -> None:
         set_up(self.name, False)
 
+    CHANGES = "uvscpd.START_S = 0"          # what is missing is a trouble from the start
+
     def start(self) -> None:
-        self.daemon = DaemonProcess("-c", self.name, *self.ARGUMENTS, journal=True)
+        self.daemon = DaemonProcess("-c", self.name, *self.ARGUMENTS, journal=True,
+                                    program=changed_program(self.CHANGES))
         self.addCleanup(self.daemon.stop)
 
     def connect(self, trouble: str = "") -> Peer:
@@ -3267,7 +3534,7 @@ class KernelTestCase(unittest.TestCase):
         """Wait until the log has just these lines, besides those of start, end and clients."""
         def log() -> list[str]:
             return [line for line in self.daemon.log.splitlines()
-                    if not re.search("connected|listening|stopped", line)]
+                    if not re.search("connected|listening|stopped|: up, ", line)]
 
         until(lambda: log() == wanted, log, SHORT_TIMEOUT)
 
@@ -3466,6 +3733,73 @@ class InterfaceTest(KernelTestCase):
             self.assertEqual(self.retrieve(b), [(1, 2), (4,)])
             log += [f"<4>{reason}", f"<6>vcan7: the bus is back, was: {trouble}"]
             self.await_log_lines(log)
+
+
+class NoRtnetlinkTest(InterfaceTest):
+    """The same where rtnetlink is not allowed."""
+
+    CHANGES = InterfaceTest.CHANGES + """
+        class Socket(uvscpd.socket.socket):
+            def __init__(self, family=-1, *rest, **more):
+                if family == uvscpd.socket.AF_NETLINK:
+                    raise PermissionError(1, "not allowed")
+                super().__init__(family, *rest, **more)
+        uvscpd.socket.socket = Socket
+    """
+
+
+class NamesTest(KernelTestCase):
+    """The interface is meant by an alternative name."""
+
+    name = "vscpbus"
+
+    def plug_in(self) -> None:
+        shell("ip link add dev vcan7 up type vcan")
+        shell("ip link property add dev vcan7 altname vscpbus")
+
+    def unplug(self) -> None:
+        shell("ip link del vcan7")
+
+    def test_alternative_name(self) -> None:
+        a, b = self.connect(), self.connect()
+        a.say(send_line(1))
+        self.node("vcan7").send(2)
+        b.await_events(2)
+        set_up("vcan7", False)
+        self.await_state(a, "interface vscpbus is down")
+        set_up("vcan7", True)
+        self.await_state(a, "OK")
+        shell("ip link property del dev vcan7 altname vscpbus")
+        self.await_state(a, "interface vscpbus: No such device")
+        shell("ip link property add dev vcan7 altname vscpbus")
+        self.await_state(a, "OK")
+        a.say(send_line(3))
+        b.await_events(3)
+
+    def test_renamed_and_swapped(self) -> None:
+        a = self.connect()
+        shell("ip link property del dev vcan7 altname vscpbus")
+        self.await_state(a, "interface vscpbus: No such device")
+        shell("ip link add dev vcan8 type vcan && ip link set vcan8 name vscpbus")
+        self.addCleanup(shell, "ip link del vscpbus")
+        self.await_state(a, "interface vscpbus is down")
+        set_up("vscpbus", True)
+        self.await_state(a, "OK")
+        node = self.node("vscpbus", listening=True)
+        a.say(send_line(4))
+        self.assertEqual(node.receive(1), [(4,)])
+
+
+class QueueTest(KernelTestCase):
+    def test_queue_that_drops_silently(self) -> None:
+        shell("tc qdisc add dev vcan7 root netem")
+        a = self.connect()
+        self.go_down()
+        self.await_state(a, "interface vcan7 is down")
+        self.go_up()
+        self.await_state(a, "OK")
+        self.daemon.await_log("vcan7: the queue netem may drop frames silently, "
+                              "try: tc qdisc replace dev vcan7 root pfifo_fast")
 
 
 class BusStateTest(KernelTestCase):
