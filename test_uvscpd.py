@@ -1097,10 +1097,11 @@ class BusTest(unittest.TestCase):
         for error_class, controller, info, counts in self.ERROR_FRAMES:
             with self.subTest(f"{error_class:03X}#{controller:02X}"):
                 self.error_frame(error_class, controller)
-                bus, state = self.bus, self.bus.state
+                bus, state = self.bus, self.bus.health.state
                 self.assertEqual(
                     f'{state.status},{state.code},{state.subcode},"{state.text}"', info)
-                self.assertEqual(f"{bus.bus_offs},{bus.warnings},{bus.dropped}", counts)
+                self.assertEqual(
+                    f"{bus.health.bus_offs},{bus.health.warnings},{bus.dropped}", counts)
 
     def test_frame_after_errors(self) -> None:
         for error_class, controller, well in ((0x020, 0, True), (0x001, 0, True),
@@ -1108,7 +1109,7 @@ class BusTest(unittest.TestCase):
             self.error_frame(error_class, controller)
             self.send(1)
             self.assertIsNotNone(self.come_back(1))
-            self.assertEqual(self.bus.state is uvscpd.BUS_WELL, well)
+            self.assertEqual(self.bus.health.state is uvscpd.BUS_WELL, well)
 
     def test_state_that_came_and_went(self) -> None:
         with logged() as lines:
@@ -1218,7 +1219,8 @@ class LinkTest(unittest.TestCase):
         bus = uvscpd.Bus(":virtual:", lambda _sock: None)
         bus.close()
         bus.name, bus.virtual, bus.sock = "can0", False, mock.Mock(getsockname=lambda: ("can0",))
-        bus.link = self.UP._replace(**about)
+        bus.health.name = bus.name
+        bus.health.link = self.UP._replace(**about)
         return bus
 
     # What happens, and INFO's status then. The kernel says: k and a state, k- none, kdown, koff no
@@ -1247,7 +1249,7 @@ class LinkTest(unittest.TestCase):
             data = bytes((0, int(controller, 16), 0, 0, 0, 0, 0, 0))
             bus.on_error_frame(int(error_class, 16), data)
         elif what[0] == "s":
-            bus.reported_at -= 10
+            bus.health.reported_at -= 10
         else:
             bus.on_unusual(uvscpd.EFF_FLAG | 1, b"", [], uvscpd.MSG_CONFIRM * (what == "c"))
 
@@ -1257,19 +1259,19 @@ class LinkTest(unittest.TestCase):
             for what, status in re.findall(r"(\S+)=(\d)", history):
                 with self.subTest(history, what=what):
                     self.play(bus, what)
-                    self.assertEqual(bus.state.status, int(status))
+                    self.assertEqual(bus.health.state.status, int(status))
 
     def test_bus_off_is_counted_once_until_it_ends(self) -> None:
         bus = self.bus(state=0)
         for what, count in (("e040.00", 1), ("e040.00", 1), ("k3", 1), ("koff3", 1), ("k0", 1),
                             ("k3", 2), ("e040.00", 2)):
             self.play(bus, what)
-            self.assertEqual(bus.bus_offs, count)
+            self.assertEqual(bus.health.bus_offs, count)
 
     def test_INFO_has_only_known_error_classes(self) -> None:
         bus = self.bus(state=0)
         bus.on_error_frame(0x204, bytes((0, 0x0C, 0, 0, 0, 0, 96, 0)))
-        self.assertEqual(bus.state[:4], (1, 4, 0x0C, "error warning"))
+        self.assertEqual(bus.health.state[:4], (1, 4, 0x0C, "error warning"))
 
     def test_own_frames_at_bus_off(self) -> None:
         for what, sender in (("e040.00 k3 e004.40", SENDERS["A"]),      # the controller sends them
@@ -1305,9 +1307,8 @@ class LinkTest(unittest.TestCase):
             for about, count in (({"bitrate": 125000}, 1), ({"bitrate": 125000, "state": 1}, 0),
                                  ({"bitrate": 250000}, 1), ({"bitrate": 250000, "up": False}, 0)):
                 lines.clear()
-                bus.link = self.UP._replace(**about)
-                with mock.patch.object(bus.sock, "getsockopt", return_value=1 << 22):
-                    bus.log_remarks()
+                bus.health.link = self.UP._replace(**about)
+                bus.health.log_remarks(1 << 22)
                 self.assertEqual(len(lines), count, about)
 
     def test_missing_in_the_first_seconds(self) -> None:
@@ -1319,13 +1320,13 @@ class LinkTest(unittest.TestCase):
                 ("0:k0 1:kdown 2:k0", [f"waiting: {down}"]),
                 ("0:k0 11:kdown 12:k0", [down, f"can0: the bus is back, was: {down}"])):
             bus = self.bus()
-            with logged() as lines, mock.patch.object(bus, "log_remarks"), \
+            with logged() as lines, mock.patch.object(bus.health, "log_remarks"), \
                     mock.patch.object(bus, "ask"):
                 for seconds, what in re.findall(r"(\d+):(\w+)", history):
                     self.play(bus, what)
                     bus.sock = bus.sock or mock.Mock(getsockname=lambda: ("can0",))
                     for _ in range(2):
-                        bus.check(bus.started_at + int(seconds))
+                        bus.check(bus.health.started_at + int(seconds))
                 self.assertEqual([line.partition(", try")[0] for line in lines], wanted)
 
     def test_listen_only(self) -> None:
@@ -1340,7 +1341,7 @@ class LinkTest(unittest.TestCase):
             bus.out = mock.Mock(send=mock.Mock(side_effect=OSError(code, "no")))
             with self.assertRaisesRegex(uvscpd.VscpError, "^can0: no$"):
                 bus.send(1, b"", SENDERS["A"])
-            self.assertIs(bus.state, uvscpd.BUS_WELL)
+            self.assertIs(bus.health.state, uvscpd.BUS_WELL)
 
     def test_no_SEND_at_bus_off(self) -> None:
         for history, refused in (("k3", True), ("koff-", True), ("k- e040.00", False)):
@@ -1366,7 +1367,7 @@ class LinkTest(unittest.TestCase):
                 (True, here._replace(names=("can0",)), 4)):         # the name was taken from it
             with mock.patch.object(bus.netlink, "read", return_value=[(there, link)]):
                 bus.read_links()
-            self.assertEqual(bus.state.status, status, link)
+            self.assertEqual(bus.health.state.status, status, link)
 
     def test_time_in_the_form_that_is_in_force(self) -> None:
         for old_form, data in ((0, struct.pack("=qq", 7, 9)), (1, struct.pack("@ll", 7, 9))):
@@ -1382,7 +1383,7 @@ class LinkTest(unittest.TestCase):
                     mock.patch.object(socket, "CAN_RAW", 0, create=True):
                 bus = uvscpd.Bus("nosuchcan0", lambda _sock: None)
             self.addCleanup(bus.end)
-            self.assertEqual(uvscpd.state_text(bus.state),
+            self.assertEqual(uvscpd.state_text(bus.health.state),
                              "this Python has no SocketCAN, try: CPython, on Linux")
 
 
@@ -2235,7 +2236,8 @@ class TurnTest(OwnDaemonTestCase):
         daemon = self.daemon_in_process()
         daemon.bus.dropped = 5                 # before it connected
         client, _ = self.connect_in_process(daemon)
-        daemon.bus.dropped, daemon.bus.bus_offs, daemon.bus.warnings, client.missed = 7, 1, 2, 30
+        health = daemon.bus.health
+        daemon.bus.dropped, health.bus_offs, health.warnings, client.missed = 7, 1, 2, 30
         self.assertEqual(uvscpd.run_command(client, "stat"), "1,2,32,0,0,0,0\r\n+OK\r\n")
 
     @staticmethod

@@ -970,6 +970,168 @@ class OwnFrames:
         self.frames.extend(kept)
 
 
+class Health:
+    """How the bus is doing: who says what about it, who is believed, and what is logged.
+
+    Where the driver has a state of the controller, the kernel's word is the truth. Error
+    frames are quicker than the answer to a question, and all there is where the driver has no
+    state (vcan, for one); then a trouble ends when a frame gets through and no error
+    frame came for ten seconds. That nobody acknowledges only error frames tell, until a
+    frame gets through.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name                    # of the interface, as the user calls it
+        self.link = UNKNOWN                 # the interface, as the kernel last told it
+        self.state = self.logged_state = BUS_WELL
+        self.worst_state = BUS_WELL         # since the last tick
+        self.ends_with_frame = False        # the state ends when a frame gets through
+        self.reported_at = 0.0              # the last error frame about it
+        self.remarked: object = None        # what remarks on the interface were logged for
+        self.started_at = time.monotonic()
+        self.bus_offs = self.warnings = 0   # since then
+
+    def is_well(self) -> bool:
+        """Whether there is no trouble, and was none since the last tick."""
+        return self.state is BUS_WELL and self.worst_state is BUS_WELL
+
+    # --- what the kernel, error frames and frames say ---
+
+    def set_link(self, link: Link) -> None:
+        """Note what the kernel says of the interface; UNKNOWN if it is not there."""
+        self.link = link
+
+    def follow(self, status: "int | None") -> None:
+        """Take over the status that the kernel tells; None: it is up, and knows no more."""
+        before = self.state.status
+        if status is None:
+            if before >= BUS_OFF and not self.ends_with_frame:
+                self.set_status(WELL)
+        elif status > before or status < before and not self.is_lonely():
+            self.set_status(status)
+
+    def is_lonely(self) -> bool:
+        """Whether the state is that nobody acknowledges, which the kernel does not know."""
+        return self.state.status == WARNING and bool(
+            self.state.code & (ERR_ACK | ERR_TX_TIMEOUT))
+
+    def on_frame_through(self, confirmed: bool) -> None:
+        """A frame got through, so some node acknowledges again; `confirmed`: one of ours."""
+        over = ERR_ACK | (ERR_TX_TIMEOUT if confirmed else 0)
+        acknowledged = self.state.status == WARNING and self.state.code & over
+        quiet = (status_of(self.link) is None
+                 and time.monotonic() > self.reported_at + NO_ERRORS_S)
+        if acknowledged or quiet:
+            self.set_status(status_of(self.link) or WELL)
+
+    def on_error_frame(self, can_id: int, data: bytes) -> None:
+        """Note what an error frame (linux/can/error.h) says."""
+        controller = data[1] if len(data) > 1 else 0
+        rows = [row for row in errors_in(can_id, data) if row[2] is not None]
+        if can_id & ERR_CRTL and not controller:    # "active", as some drivers put it
+            rows.append(ACTIVE)
+        if not rows or self.state.status == UNUSABLE:       # it came before the interface went
+            return
+        error_class, _, status, text, _ = rows[0]
+        if not status:
+            if self.link.carrier is not False:
+                self.set_state(BUS_WELL)
+            return
+        if error_class in (ERR_ACK, ERR_TX_TIMEOUT) and self.state.status > WARNING:
+            return              # it would hide what is worse
+        self.reported_at = time.monotonic()
+        if status == BUS_OFF and self.link.state is not None:
+            self.link = self.link._replace(state=BUS_OFF)
+        self.set_trouble(can_id, controller, status, text)
+
+    # --- the state ---
+
+    def set_unusable(self, code: int) -> None:
+        """Note that the interface cannot be used, for this errno, and what helps."""
+        name = self.name
+        # ENODEV: there is none, or bind() says that it is not CAN. ENXIO: ours was removed.
+        not_can = code == errno.ENODEV and self.link.is_can is False
+        code = errno.ENODEV if code == errno.ENXIO else code
+        has_bitrate = not self.link.bitrate and (self.link.kind or name[:3]) == "can"
+        up = f"ip link set {name} up" + f" type can bitrate {BIT_RATE}" * has_bitrate
+        modprobe = "modprobe can_raw; on OpenWrt install kmod-can and kmod-can-raw"
+        text, advice = {
+            errno.ENETDOWN: (f"interface {name} is down", up),
+            errno.EAFNOSUPPORT: ("no CAN support (Address family not supported)", modprobe),
+            errno.EPROTONOSUPPORT: ("no raw CAN support (Protocol not supported)", modprobe),
+            errno.EPFNOSUPPORT: ("this Python has no SocketCAN", "CPython, on Linux"),
+        }.get(code, (f"interface {name}: {os.strerror(code)}", ""))
+        if not_can:
+            text = f"{name} is not a CAN interface"
+        elif code == errno.ENODEV and name[:4] == "vcan":
+            advice = f"ip link add dev {name} type vcan && {up}"
+        elif code == errno.ENODEV:
+            advice = "plug in the adapter, load its driver (ip link and dmesg show what is there)"
+        self.set_state(BusState(UNUSABLE, code, 0, text, advice))
+
+    def set_status(self, status: int) -> None:
+        """Note a status that the kernel tells."""
+        if status == UNUSABLE:
+            self.set_unusable(errno.ENETDOWN)
+        elif status == WELL:
+            self.set_state(BUS_WELL)
+        else:
+            row = next(row for row in ERRORS if row[2] == status)
+            self.set_trouble(row[0], 0, status, row[3])
+
+    def set_trouble(self, code: int, controller: int, status: int, text: str) -> None:
+        """Count and note what is wrong with the bus."""
+        if text != self.state.text:
+            self.bus_offs += status == BUS_OFF
+            self.warnings += status != BUS_OFF
+        advice = "wiring, bit rate, other nodes"
+        if status == BUS_OFF:
+            advice = f"ip link set {self.name} down && ip link set {self.name} up"
+        self.set_state(BusState(status, code & KNOWN_ERRORS, controller, text, advice))
+
+    def set_state(self, state: BusState) -> None:
+        """Note how the bus is doing; check() logs it."""
+        if state == self.state:
+            return
+        self.state = state
+        if state.status >= self.worst_state.status:
+            self.worst_state = state
+        untold = WELL < state.status < UNUSABLE and status_of(self.link) is None
+        self.ends_with_frame = untold or self.is_lonely()
+
+    # --- the log ---
+
+    def log(self, now: float) -> None:
+        """Log how the bus is doing; a state that came and went since is logged, too."""
+        worst, self.worst_state = self.worst_state, self.state
+        if worst.text != self.logged_state.text:
+            self.log_state(worst, now < self.started_at + START_S)
+
+    def log_state(self, state: BusState, starting: bool) -> None:
+        """Log a state that differs from the one logged before."""
+        before, self.logged_state = self.logged_state, state
+        if state is BUS_WELL:
+            if before.text:
+                log.info(f"{self.name}: the bus is back, was: {before.text}")
+        elif state.status != UNUSABLE:
+            log.warning(f"{self.name}: {state_text(state)}")
+        elif not starting:
+            log.warning(state_text(state))
+        else:           # at boot it may come later than we do: no text, so it is a warning then
+            self.logged_state = state._replace(text="")
+            if before.status != UNUSABLE:
+                log.info(f"waiting: {state_text(state)}")
+
+    def log_remarks(self, buffer_size: int) -> None:
+        """Log what is to be said of an interface that can be used, again when that changes."""
+        link = self.link
+        about = (link.bitrate, link.kind, link.listen_only, link.qdisc)
+        if link.up and about != self.remarked:
+            self.remarked = about
+            for priority, text in remarks_on(self.name, link, buffer_size):
+                log.write(priority, text)
+
+
 class Bus:
     """One CAN_RAW socket on a SocketCAN interface, for everybody, or `:virtual:`.
 
@@ -993,18 +1155,10 @@ class Bus:
         self.has_others = False             # a client must receive what another client sends
         self.own = OwnFrames()              # empty as long as nobody wants them back
         self.receives_own = False           # whether the kernel now gives back own frames
-        # How it is doing
-        self.link = UNKNOWN                 # the interface, as the kernel last told it
-        self.state = self.logged_state = BUS_WELL
-        self.worst_state = BUS_WELL         # since the last tick
-        self.ends_with_frame = False        # the state ends when a frame gets through
-        self.reported_at = 0.0              # the last error frame about it
-        self.remarked: object = None        # what remarks on the interface were logged for
-        self.started_at = time.monotonic()
+        self.health = Health(name)
         # The interface went, or the controller gave up: own frames numbered below this are lost,
         # except those whose confirmation is still in the receive buffer. 0: nothing to forget.
         self.unconfirmed_before = 0
-        self.bus_offs = self.warnings = 0   # since the daemon was started
         self.dropped = 0                    # frames that the kernel or the controller dropped
         self.kernel_drops = 0               # the kernel's running total for this socket
         self.errors = 0                     # error frames; without -d some stay in the kernel
@@ -1031,14 +1185,14 @@ class Bus:
         except (AttributeError, OSError) as error:
             self.close()
             # AttributeError, or no errno: this Python knows no SocketCAN.
-            self.set_unusable(getattr(error, "errno", None) or errno.EPFNOSUPPORT)
+            self.health.set_unusable(getattr(error, "errno", None) or errno.EPFNOSUPPORT)
             return
         self.sock.setblocking(False)
         self.out.setblocking(False)
         self.receives_own = self.virtual
         self.kernel_drops = 0
         self.set_filters(self.filters, self.has_others)
-        self.follow(status_of(self.link))
+        self.health.follow(status_of(self.health.link))
 
     def set_options(self, sock: socket.socket) -> None:
         """Set what does not depend on the clients."""
@@ -1098,129 +1252,33 @@ class Bus:
         for there, link in self.netlink.read() if self.netlink else ():
             if not link.names or self.name in link.names:
                 self.on_link(there, link)
-            elif link.index == self.link.index:     # it has another name now
+            elif link.index == self.health.link.index:      # it has another name now
                 self.on_link(False, link)
 
     def on_link(self, there: bool, link: Link) -> None:
         """Note whether the interface is there, and what the kernel says of it."""
-        self.link = link if there else UNKNOWN
+        self.health.set_link(link if there else UNKNOWN)
         bound = self.bound_name()
         if self.sock and (not there or not bound or link.names and bound not in link.names):
             # Gone, renamed, or gone and back: a socket whose interface has gone stays dead.
             self.close()
             self.own.forget(self.own.next_number)
         if not there:
-            if self.state.code not in NO_SUPPORT:
-                self.set_unusable(errno.ENODEV)
+            if self.health.state.code not in NO_SUPPORT:
+                self.health.set_unusable(errno.ENODEV)
         elif self.sock is None:
             self.open()
         else:
-            self.follow(status_of(link))
-
-    def follow(self, status: "int | None") -> None:
-        """Take over the status that the kernel tells; None: it is up, and knows no more."""
-        before = self.state.status
-        if status is None:
-            if before >= BUS_OFF and not self.ends_with_frame:
-                self.set_status(WELL)
-        elif status > before or status < before and not self.is_lonely():
-            self.set_status(status)
-
-    def is_lonely(self) -> bool:
-        """Whether the state is that nobody acknowledges, which the kernel does not know."""
-        return self.state.status == WARNING and bool(
-            self.state.code & (ERR_ACK | ERR_TX_TIMEOUT))
-
-    def check(self, now: float) -> None:
-        """Look after the bus and log how it is doing; called once per tick.
-
-        A state that came and went since is logged, too, however often it did.
-        """
-        if not self.virtual and not self.state is self.worst_state is BUS_WELL:
-            self.ask()
-        worst, self.worst_state = self.worst_state, self.state
-        if worst.text != self.logged_state.text:
-            self.log_state(worst, now < self.started_at + START_S)
-        self.log_remarks()
+            self.health.follow(status_of(link))
         self.receive_own()
 
-    def log_state(self, state: BusState, starting: bool) -> None:
-        """Log a state that differs from the one logged before."""
-        before, self.logged_state = self.logged_state, state
-        if state is BUS_WELL:
-            if before.text:
-                log.info(f"{self.name}: the bus is back, was: {before.text}")
-        elif state.status != UNUSABLE:
-            log.warning(f"{self.name}: {state_text(state)}")
-        elif not starting:
-            log.warning(state_text(state))
-        else:           # at boot it may come later than we do: no text, so it is a warning then
-            self.logged_state = state._replace(text="")
-            if before.status != UNUSABLE:
-                log.info(f"waiting: {state_text(state)}")
-
-    def log_remarks(self) -> None:
-        """Log what is to be said of an interface that can be used, again when that changes."""
-        link = self.link
-        about = (link.bitrate, link.kind, link.listen_only, link.qdisc)
-        if self.sock and link.up and about != self.remarked:
-            self.remarked = about
-            size = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-            for priority, text in remarks_on(self.name, link, size):
-                log.write(priority, text)
-
-    def set_unusable(self, code: int) -> None:
-        """Note that the interface cannot be used, for this errno, and what helps."""
-        name = self.name
-        # ENODEV: there is none, or bind() says that it is not CAN. ENXIO: ours was removed.
-        not_can = code == errno.ENODEV and self.link.is_can is False
-        code = errno.ENODEV if code == errno.ENXIO else code
-        has_bitrate = not self.link.bitrate and (self.link.kind or name[:3]) == "can"
-        up = f"ip link set {name} up" + f" type can bitrate {BIT_RATE}" * has_bitrate
-        modprobe = "modprobe can_raw; on OpenWrt install kmod-can and kmod-can-raw"
-        text, advice = {
-            errno.ENETDOWN: (f"interface {name} is down", up),
-            errno.EAFNOSUPPORT: ("no CAN support (Address family not supported)", modprobe),
-            errno.EPROTONOSUPPORT: ("no raw CAN support (Protocol not supported)", modprobe),
-            errno.EPFNOSUPPORT: ("this Python has no SocketCAN", "CPython, on Linux"),
-        }.get(code, (f"interface {name}: {os.strerror(code)}", ""))
-        if not_can:
-            text = f"{name} is not a CAN interface"
-        elif code == errno.ENODEV and name[:4] == "vcan":
-            advice = f"ip link add dev {name} type vcan && {up}"
-        elif code == errno.ENODEV:
-            advice = "plug in the adapter, load its driver (ip link and dmesg show what is there)"
-        self.set_state(BusState(UNUSABLE, code, 0, text, advice))
-
-    def set_status(self, status: int) -> None:
-        """Note a status that the kernel tells."""
-        if status == UNUSABLE:
-            self.set_unusable(errno.ENETDOWN)
-        elif status == WELL:
-            self.set_state(BUS_WELL)
-        else:
-            row = next(row for row in ERRORS if row[2] == status)
-            self.set_trouble(row[0], 0, status, row[3])
-
-    def set_trouble(self, code: int, controller: int, status: int, text: str) -> None:
-        """Count and note what is wrong with the bus."""
-        if text != self.state.text:
-            self.bus_offs += status == BUS_OFF
-            self.warnings += status != BUS_OFF
-        advice = "wiring, bit rate, other nodes"
-        if status == BUS_OFF:
-            advice = f"ip link set {self.name} down && ip link set {self.name} up"
-        self.set_state(BusState(status, code & KNOWN_ERRORS, controller, text, advice))
-
-    def set_state(self, state: BusState) -> None:
-        """Note how the bus is doing; check() logs it."""
-        if state == self.state:
-            return
-        self.state = state
-        if state.status >= self.worst_state.status:
-            self.worst_state = state
-        untold = WELL < state.status < UNUSABLE and status_of(self.link) is None
-        self.ends_with_frame = untold or self.is_lonely()
+    def check(self, now: float) -> None:
+        """Look after the bus and log how it is doing; called once per tick."""
+        if not self.virtual and not self.health.is_well():
+            self.ask()
+        self.health.log(now)
+        if self.sock:
+            self.health.log_remarks(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
         self.receive_own()
 
     # --- frames ---
@@ -1250,7 +1308,7 @@ class Bus:
 
         Measured: 10,000 pipelined SENDs take 2.0 s of CPU with them, 0.93 s without.
         """
-        needed = (self.has_others or bool(self.own.frames) or self.ends_with_frame
+        needed = (self.has_others or bool(self.own.frames) or self.health.ends_with_frame
                   or log.debugging)
         if self.sock is not None and not self.virtual and needed != self.receives_own:
             self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_RECV_OWN_MSGS, needed)
@@ -1262,20 +1320,21 @@ class Bus:
         Raises NoRoom when there is none at the moment, VscpError, with what helps,
         when the bus cannot take it.
         """
+        health = self.health
         if self.out is None:
-            raise VscpError(state_text(self.state))
-        if self.link.listen_only:
+            raise VscpError(state_text(health.state))
+        if health.link.listen_only:
             raise VscpError(listen_only_text(self.name))
-        if self.state.status == BUS_OFF and not self.ends_with_frame:
-            raise NoRoom(state_text(self.state), TICK_S)    # what is sent now goes nowhere
+        if health.state.status == BUS_OFF and not health.ends_with_frame:
+            raise NoRoom(state_text(health.state), TICK_S)      # what is sent now goes nowhere
         try:
             self.out.send(pack_frame(can_id, data))
         except OSError as error:
             self.on_send_error(error)
             self.send(can_id, data, sender)     # once: the next error is raised
             return
-        if self.state.status == UNUSABLE:       # it is up again
-            self.set_state(BUS_WELL)
+        if health.state.status == UNUSABLE:     # it is up again
+            health.set_state(BUS_WELL)
         if self.virtual or self.receives_own and self.passes(can_id):
             self.own.add(can_id, data, sender)
 
@@ -1290,12 +1349,12 @@ class Bus:
         # The kernel reports once that the interface went; it may be up again.
         if self.unconfirmed_before:
             self.on_gone(error.errno)
-            raise VscpError(state_text(self.state)) from None
+            raise VscpError(state_text(self.health.state)) from None
         self.unconfirmed_before = self.own.next_number
 
     def on_gone(self, code: int) -> None:
         """The interface is down or gone, says a socket's error: note that, and ask."""
-        self.set_unusable(code)
+        self.health.set_unusable(code)
         if self.netlink:
             self.netlink.outdate()
         self.ask()
@@ -1310,7 +1369,8 @@ class Bus:
         frames: list[Frame] = []
         if self.sock is None:
             return frames, True
-        recvmsg, unpack_time, usual = self.sock.recvmsg, self.unpack_time, not self.ends_with_frame
+        recvmsg, unpack_time, health = self.sock.recvmsg, self.unpack_time, self.health
+        usual = not health.ends_with_frame
         empty, gone = False, 0
         for _ in range(limit):
             try:
@@ -1332,7 +1392,7 @@ class Bus:
                                seconds, nanoseconds, None))
             else:
                 frames += self.on_unusual(can_id, data[:length], ancillary, flags)
-                usual = not self.ends_with_frame
+                usual = not health.ends_with_frame
         if self.unconfirmed_before:
             if empty:
                 self.own.forget(self.unconfirmed_before)
@@ -1359,49 +1419,25 @@ class Bus:
                           seconds * 1000000 + nanoseconds // 1000)
             return []
         confirmed = self.virtual or bool(flags & MSG_CONFIRM)
-        if self.ends_with_frame:
-            self.on_frame_through(confirmed)
+        if self.health.ends_with_frame:
+            self.health.on_frame_through(confirmed)
         can_id &= EFF_MASK
         sender = self.own.claim(can_id, data) if confirmed else None
         if confirmed and sender is None:    # sent while no other client was connected
             return []
         return [(can_id, data, seconds, nanoseconds, sender)]
 
-    def on_frame_through(self, confirmed: bool) -> None:
-        """A frame got through, so some node acknowledges again; `confirmed`: one of ours."""
-        over = ERR_ACK | (ERR_TX_TIMEOUT if confirmed else 0)
-        acknowledged = self.state.status == WARNING and self.state.code & over
-        quiet = (status_of(self.link) is None
-                 and time.monotonic() > self.reported_at + NO_ERRORS_S)
-        if acknowledged or quiet:
-            self.set_status(status_of(self.link) or WELL)
-
     def on_error_frame(self, can_id: int, data: bytes) -> None:
-        """Note what an error frame (linux/can/error.h) says."""
+        """Note what an error frame says."""
         self.errors += 1
-        controller = data[1] if len(data) > 1 else 0
-        if can_id & ERR_CRTL and controller & CRTL_RX_OVERFLOW:
+        if can_id & ERR_CRTL and data[1:2] and data[1] & CRTL_RX_OVERFLOW:
             self.dropped += 1
-        rows = [row for row in errors_in(can_id, data) if row[2] is not None]
-        if can_id & ERR_CRTL and not controller:    # "active", as some drivers put it
-            rows.append(ACTIVE)
-        if not rows or self.state.status == UNUSABLE:       # it came before the interface went
-            return
         if can_id & ERR_RESTARTED:      # the kernel has dropped what the controller had
             self.unconfirmed_before = self.own.next_number
-        error_class, _, status, text, _ = rows[0]
-        if not status:
-            if self.link.carrier is not False:
-                self.set_state(BUS_WELL)
-            return
-        lesser = error_class in (ERR_ACK, ERR_TX_TIMEOUT) and self.state.status > WARNING
-        if not lesser:      # else it would hide what is worse
-            self.reported_at = time.monotonic()
-            if self.netlink:
-                self.netlink.outdate()
-            if status == BUS_OFF and self.link.state is not None:
-                self.link = self.link._replace(state=BUS_OFF)
-            self.set_trouble(can_id, controller, status, text)
+        if self.netlink:
+            self.netlink.outdate()
+        self.health.on_error_frame(can_id, data)
+        self.receive_own()
 
     def count_drops(self) -> None:
         """Ask the kernel how many frames it has dropped since its buffer was full."""
@@ -1547,11 +1583,11 @@ class Client:
         self.connected_at = self.daemon.now
         if not self.user.privilege:
             self.login_by = self.daemon.now + LOGIN_S
-        bus = self.daemon.bus
+        bus, state = self.daemon.bus, self.daemon.bus.health.state
         self.write(f"uvscpd.py {__version__} - micro VSCP daemon\r\n"
                    "VSCP events between TCP clients and a CAN bus; HELP lists the commands.\r\n"
-                   + ok(text=f"waiting for {bus.name}: {os.strerror(bus.state.code)}"
-                        if bus.state.status == UNUSABLE else f"Success, connected to {bus.name}"))
+                   + ok(text=f"waiting for {bus.name}: {os.strerror(state.code)}"
+                        if state.status == UNUSABLE else f"Success, connected to {bus.name}"))
 
     def refuse(self, reason: str) -> None:
         """Say why it may not connect, and let it go."""
@@ -2069,17 +2105,17 @@ def do_clra(client: Client) -> str:
 @command("stat", 1, "", "busoff,buswarnings,overruns,rxbytes,rxframes,txbytes,txframes")
 def do_stat(client: Client) -> str:
     client.daemon.read_all()
-    bus = client.daemon.bus
+    bus, health = client.daemon.bus, client.daemon.bus.health
     overruns = client.missed + bus.dropped - client.dropped_before
-    return ok(f"{bus.bus_offs},{bus.warnings},{overruns},{client.rx_bytes},{client.rx_frames},"
-              f"{client.tx_bytes},{client.tx_frames}")
+    return ok(f"{health.bus_offs},{health.warnings},{overruns},{client.rx_bytes},"
+              f"{client.rx_frames},{client.tx_bytes},{client.tx_frames}")
 
 
 @command("info", 1, "", 'state of the bus: status,code,subcode,"text"')
 def do_info(client: Client) -> str:
     client.daemon.read_all()
     client.daemon.on_links()
-    state = client.daemon.bus.state
+    state = client.daemon.bus.health.state
     return ok(f'{state.status},{state.code},{state.subcode},"{state.text}"')
 
 
@@ -2456,9 +2492,9 @@ class Daemon:
         self.queue.tick()
         if self.stop_by == NEVER:           # again, if there were no descriptors
             self.selector.watch(self.listener, READ, self.on_connection)
-        rate = f"{self.bus.link.bitrate} bit/s, " if self.bus.link.bitrate else ""
+        rate = f"{self.bus.health.link.bitrate} bit/s, " if self.bus.health.link.bitrate else ""
         self.systemd.tick(
-            self.now, f"{self.bus.name}: {self.bus.state.text}, {rate}"
+            self.now, f"{self.bus.name}: {self.bus.health.state.text}, {rate}"
             + counted(len(self.clients), "client"), self.totals())
         if self.stop_by < NEVER and not (self.clients or self.leaving):
             self.stop_by = self.now
@@ -3545,7 +3581,7 @@ def serve(options: argparse.Namespace) -> int:
         if pidfile:
             remove_pidfile(pidfile)
     log.debug(daemon.summary.text(options.canbus, daemon.now - daemon.began, daemon.bus.errors,
-                                  daemon.bus.link.bitrate))
+                                  daemon.bus.health.link.bitrate))
     log.info(f"stopped after {duration_text(daemon.now - daemon.began)}: {daemon.totals()}")
     return 0
 
