@@ -69,7 +69,6 @@ import errno
 import fcntl
 import hashlib
 import inspect
-import io
 import itertools
 import os
 import pathlib
@@ -2434,6 +2433,17 @@ class RoomTest(OwnDaemonTestCase):
             b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
 
 
+class StartedTest(OwnDaemonTestCase):
+    def test_clock_that_is_set_later(self) -> None:
+        daemon, client = self.daemon_and_client_in_process("-g", ClientIdTest.BASE)
+        daemon.now = daemon.began + 3600
+        for seconds, clock in ((0, "1970-01-01T00:00:00"), (1795390139, "2026-11-22T23:28:59")):
+            with mock.patch("time.time", return_value=seconds + 3600.5):
+                own, its = uvscpd.run_command(client, "interface").splitlines()[:2]
+            self.assertEqual([own.rpartition(" ")[2], its.rpartition(" ")[2][:14]],
+                             [clock, clock[:14]])
+
+
 class ClientIdTest(OwnDaemonTestCase):
     BASE = "FF:FF:FF:FF:FF:FF:FF:F5:1:2:3:4"
     DATA = "255,255,255,255,255,255,255,245,1,2,3,4"
@@ -2907,7 +2917,7 @@ class ArgumentTest(OwnDaemonTestCase):
 
     def assert_machine_guid(self, kind: str, addresses: set[bytes]) -> None:
         """The GUID has one of these addresses; if there are none, it is a bad argument."""
-        first = b"\xFF" * 7 + {"mac": b"\xFE", "ip": b"\xFD"}[kind]
+        first = b"\xFF" * 7 + {"mac": b"\xFE", "ip": b"\xFD"}[kind.partition(":")[0]]
         if addresses:
             self.assertIn(uvscpd.guid_argument(kind), {first + address for address in addresses})
         else:
@@ -2927,30 +2937,34 @@ class ArgumentTest(OwnDaemonTestCase):
 
     def test_GUID_of_other_machines(self) -> None:
         # struct ifreq: name, then a sockaddr: family and 6 bytes; family, port and 4 bytes.
-        ethernet = bytes(16) + struct.pack("=H", 1) + b"\2\3\4\5\6\7" + bytes(16)
+        def ethernet(first: int) -> bytes:
+            return bytes(16) + struct.pack("=H", 1) + bytes((first, 3, 4, 5, 6, 7)) + bytes(16)
+
         internet = bytes(16) + struct.pack("=H", 2) + b"\0\0\xC0\0\2\1" + bytes(16)
-        mac, ip = {b"\2\3\4\5"}, {b"\xC0\0\2\1"}
-        rows: tuple[tuple[str, list[str], Any, set[bytes]], ...] = (
-            ("mac", ["eth0"], [ethernet], mac),
-            ("ip", ["eth0"], [internet], ip),
-            ("ip", ["eth0", "eth1"], [OSError(), internet], ip),
-            ("mac", ["ppp0", "eth0"], [bytes(40), ethernet], mac),
-            ("mac", ["ppp0"], [bytes(40)], set()),
-            ("ip", ["eth0"], [OSError()], set()),
-            ("mac", [], [], set()), ("ip", [], [], set()))      # only the loopback
-        for kind, interfaces, answers, wanted in rows:
-            with self.subTest(kind, interfaces=interfaces), \
-                    mock.patch("uvscpd.network_interfaces", return_value=interfaces), \
+        ip, none = {b"\xC0\0\2\1"}, OSError()
+        rows: tuple[tuple[str, str, list[Any], set[bytes]], ...] = (
+            ("mac", "eth0", [ethernet(4)], {b"\4\3\4\5"}),
+            ("ip", "eth0", [internet], ip),
+            ("ip", "eth0 eth1", [none, internet], ip),
+            ("ip:eth1", "eth0 eth1", [internet], ip), ("ip:eth2", "eth0 eth1", [], set()),
+            ("mac:eth1", "eth0 eth1", [ethernet(8)], {b"\x08\3\4\5"}),
+            ("mac", "ppp0 eth0", [bytes(40), ethernet(4)], {b"\4\3\4\5"}),
+            ("mac", "docker0 eth0 eth1", [ethernet(2), ethernet(8), ethernet(4)],
+             {b"\x08\3\4\5"}),
+            ("mac", "docker0 veth1", [ethernet(2), ethernet(6)], {b"\2\3\4\5"}),
+            ("mac", "ppp0", [bytes(40)], set()), ("ip", "eth0", [none], set()),
+            ("mac", "", [], set()), ("ip", "", [], set()), ("mac:eth0", "", [], set()))
+        for kind, names, answers, wanted in rows:
+            # The kernel's order is that of the numbers, whatever the order of the list.
+            index = list(enumerate(["lo", *names.split()], 1))[::-1]
+            with self.subTest(kind, names=names), \
+                    mock.patch("socket.if_nameindex", return_value=index), \
                     mock.patch("fcntl.ioctl", side_effect=answers):
                 self.assert_machine_guid(kind, wanted)
 
-    def test_interfaces_of_this_machine_and_another(self) -> None:
-        self.assertEqual({*uvscpd.network_interfaces(), "lo"},
-                         {name for _, name in socket.if_nameindex()} | {"lo"})
-        route = "Iface\tDestination\tGateway\neth1\t0000A8C0\t00000000\nwlan0\t00000000\t0100A8C0\n"
-        dev = "Inter-|   Receive\n face |bytes\n    lo:  0 0\n  eth1: 1 2\n wlan0: 3 4\n"
-        with mock.patch("builtins.open", side_effect=[io.StringIO(route), io.StringIO(dev)]):
-            self.assertEqual(uvscpd.network_interfaces(), ["wlan0", "eth1", "wlan0"])
+    def test_interfaces_that_cannot_be_listed(self) -> None:
+        with mock.patch("socket.if_nameindex", side_effect=PermissionError(1, "no")):
+            self.assert_bad_argument("--guid=mac", "cannot list the network interfaces: no")
 
 
 # =============================================================================
@@ -3084,6 +3098,12 @@ class ProcessTest(OwnDaemonTestCase):
         self.assertEqual([line for line in log if line.startswith("<4>")], [])
         waiting, = (line for line in log if line.startswith("<6>waiting: "))
         self.assertRegex(waiting, "adapter|driver|modprobe can_raw")
+
+    def test_process_1_of_a_container_stays_in_the_foreground(self) -> None:
+        daemon = self.start(program=changed_program(
+            "uvscpd.os.getpid = lambda: 1; sys.argv.remove('-s')"))
+        self.connect(daemon).say("noop")
+        self.assertIn("as process 1 it stays in the foreground", daemon.stop())
 
     def test_JOURNAL_STREAM_of_another_file(self) -> None:
         log = self.start(JOURNAL_STREAM="8:1").stop()

@@ -1562,11 +1562,6 @@ class Client:
         return str(self.user.name) or ":" + self.address.rpartition(":")[2]
 
     @property
-    def started(self) -> str:
-        """When it was let in, in UTC."""
-        return utc_text(int(time.time() - (self.daemon.now - self.connected_at)))
-
-    @property
     def interface_guid(self) -> bytes:
         """The GUID that event lines show: with ids the CAN interface's, which has the id 0."""
         return client_guid(self.daemon.options.guid, 0) if self.channel_id else self.guid
@@ -2077,13 +2072,14 @@ def do_interface(client: Client, action: str = "list", *more: str) -> str:
         raise VscpError("interface knows only LIST")
     # Number, type, GUID, name. The types are the VSCP daemon's: 2 a Level I driver, 4 a client.
     daemon = client.daemon
-    lines = [f"0,2,{format_guid(client.interface_guid)},{daemon.bus.name}|Started {daemon.started}"]
+    lines = [f"0,2,{format_guid(client.interface_guid)},{daemon.bus.name}|"
+             f"Started {daemon.started(daemon.began)}"]
     guest = daemon.logins.guest
     known = client.user is not guest or client.user.privilege > 0       # it may learn addresses
     for each in sorted(daemon.clients, key=lambda each: each.channel_id):
         if each.channel_id and (known or each is client):
             lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
-                         f"{each.address}|Started {each.started}")
+                         f"{each.address}|Started {daemon.started(each.connected_at)}")
     return ok(*lines)
 
 
@@ -2432,7 +2428,6 @@ class Daemon:
         self.now = self.began = time.monotonic()    # when this turn began; when the daemon did
         self.tick_at = self.now
         self.stop_by = NEVER                    # the end
-        self.started = utc_text(int(time.time()))
         # Who is connected
         self.clients: dict[Client, None] = {}   # in the order in which they are served (serve_last)
         self.leaving: set[Client] = set()       # told to go, not counted any more
@@ -2457,6 +2452,10 @@ class Daemon:
         self.reader.watch()
         if self.bus.netlink and self.bus.netlink.sock:
             self.selector.watch(self.bus.netlink.sock, READ, self.on_links)
+
+    def started(self, since: float) -> str:
+        """The date and time when `now` was `since`; right also if the clock is set later."""
+        return utc_text(int(time.time() - (self.now - since)))
 
     # --- the loop ---
 
@@ -3187,46 +3186,59 @@ def guid_argument(text: str) -> bytes:
 
     `mac` and `ip` are the VSCP daemon's: FF FF FF FF FF FF FF FE and the upper four
     bytes of the Ethernet address, FF FF FF FF FF FF FF FD and the IPv4 address.
+    `mac:eth0` and `ip:eth0` say of which interface.
     """
+    kind, _, name = text.partition(":")
     try:
-        if text in ("mac", "ip"):
-            return own_guid(text)
+        if kind in ("mac", "ip"):
+            return own_guid(kind, name)
         if text.count(":") == 11:
             return parse_guid(text + ":0:0:0:0")[:12]
         return parse_guid(text)
     except VscpError:
         raise VscpError(
             f"'{text}' is not 16 or 12 hexadecimal bytes between colons, mac or ip") from None
-    except (LookupError, OSError):
+    except LookupError:
         raise VscpError(f"no interface with an address for '{text}'") from None
+    except OSError as error:
+        raise VscpError(f"cannot list the network interfaces: {error.strerror}") from None
 
 
-def own_guid(kind: str) -> bytes:
-    """12 bytes of a GUID from the `mac` or the `ip` address; raises LookupError without one."""
-    for name in network_interfaces():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            request = struct.pack("16s24x", name.encode())
-            number = SIOCGIFHWADDR if kind == "mac" else SIOCGIFADDR
-            try:
-                answer = fcntl.ioctl(sock, number, request)
-            except OSError:
-                continue        # it has no IPv4 address
-        if kind == "ip":
-            return bytes([255] * 7 + [0xFD]) + answer[20:24]
-        # struct sockaddr: family (1: Ethernet), address
-        if struct.unpack_from("=H", answer, 16)[0] == 1 and any(answer[18:24]):
-            return bytes([255] * 7 + [0xFE]) + answer[18:22]
-    raise LookupError(kind)
+def own_guid(kind: str, name: str) -> bytes:
+    """12 bytes of a GUID from the `mac` or the `ip` address of an interface.
+
+    Without a name it is the first one, in the order in which the kernel numbers them, so
+    that it is the same at boot and later. Made-up Ethernet addresses (docker0, veth) are taken
+    only if there is no other. Raises LookupError when there is no address.
+    """
+    made_up = b""
+    for _, each in sorted(socket.if_nameindex()):
+        if each != (name or each) or each == "lo":
+            continue
+        address = interface_address(kind, each)
+        if kind == "ip" and address:
+            return bytes([255] * 7 + [0xFD]) + address
+        if address and not address[0] & 2:      # bit 1: locally administered
+            return bytes([255] * 7 + [0xFE]) + address[:4]
+        made_up = made_up or address
+    if not made_up:
+        raise LookupError(kind)
+    return bytes([255] * 7 + [0xFE]) + made_up[:4]
 
 
-def network_interfaces() -> "list[str]":
-    """Interfaces but for the loopback, the one with the default route first."""
-    with open("/proc/net/route", encoding="ascii") as file:
-        routes = [line.split() for line in file]
-    default = [route[0] for route in routes if route[1] == "00000000"]
-    with open("/proc/net/dev", encoding="ascii") as file:       # needs no AF_NETLINK
-        names = [line.partition(":")[0].strip() for line in file if ":" in line]
-    return default + [name for name in names if name != "lo"]
+def interface_address(kind: str, name: str) -> bytes:
+    """The 6 bytes of an interface's Ethernet address, or the 4 of its IPv4 address; b"": none."""
+    request = struct.pack("16s24x", name.encode())              # struct ifreq
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            answer = fcntl.ioctl(sock, SIOCGIFHWADDR if kind == "mac" else SIOCGIFADDR, request)
+        except OSError:
+            return b""
+    if kind == "ip":
+        return answer[20:24]
+    # struct sockaddr: family (1: Ethernet), address
+    is_ethernet = struct.unpack_from("=H", answer, 16)[0] == 1 and any(answer[18:24])
+    return answer[18:24] if is_ethernet else b""
 
 
 def address_argument(text: str) -> str:
@@ -3336,8 +3348,8 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
     add("-c", "--canbus", metavar="NAME", type=interface_argument, default="can0",
         help="SocketCAN interface (default %(default)s), or :virtual: for a bus inside the process")
     add("-g", "--guid", metavar="GUID", type=guid_argument, default=GUID_ZERO,
-        help="GUID of every client, 16 bytes (default all zeros); 12 bytes, mac or ip: "
-             "each client has an id and a GUID of its own")
+        help="GUID of every client, 16 bytes (default all zeros); 12 bytes, mac or ip (or "
+             "mac:eth0, ip:eth0): each client has an id and a GUID of its own")
     add("--ns-timestamps", action="store_true",
         help="event lines without date, timestamp in nanoseconds since 1970, "
              "for the VSCP project's programs of 2026 and later")
@@ -3555,7 +3567,10 @@ def serve(options: argparse.Namespace) -> int:
         return 1
     if options.logins.users:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
-    child_end = None if options.stay else detach()
+    if os.getpid() == 1 and not options.stay:
+        log.info("as process 1 it stays in the foreground, as with --stay: "
+                 "a container ends with its process 1")
+    child_end = None if options.stay or os.getpid() == 1 else detach()
     daemon = Daemon(options, listener)
     # A signal wakes the loop, which calls on_signal.
     signal.set_wakeup_fd(daemon.wake_up_end.fileno(), warn_on_full_buffer=False)
