@@ -1152,6 +1152,7 @@ class Bus:
         self.out: socket.socket | None = None       # to send with; on CAN a second descriptor of
                                                     # `sock`, as a selector watches one only once
         self.filters: list[tuple[int, int]] = []    # value and mask, as in View
+        self.packed_filters = b""           # as the socket has them
         self.has_others = False             # a client must receive what another client sends
         self.own = OwnFrames()              # empty as long as nobody wants them back
         self.receives_own = False           # whether the kernel now gives back own frames
@@ -1197,6 +1198,7 @@ class Bus:
     def set_options(self, sock: socket.socket) -> None:
         """Set what does not depend on the clients."""
         sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, b"")
+        self.packed_filters = b""
         sock.setsockopt(socket.SOL_CAN_RAW, CAN_RAW_ERR_FILTER,
                         EFF_MASK if log.debugging else STATUS_ERRORS)
         # The kernel raises this to its minimum, a few frames. That is less than the transmit queue
@@ -1292,11 +1294,13 @@ class Bus:
         if self.virtual or self.sock is None:
             return
         self.own.keep(self.passes)
-        try:
-            self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER,
-                                 FILTER.pack(0, 0) if log.debugging else pack_filters(filters))
-        except OSError:
-            self.unconfirmed_before = self.own.next_number      # it went; open() sets them
+        packed = FILTER.pack(0, 0) if log.debugging else pack_filters(filters)
+        if packed != self.packed_filters:       # else it would wait for the kernel's lock in vain
+            try:
+                self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, packed)
+                self.packed_filters = packed
+            except OSError:
+                self.unconfirmed_before = self.own.next_number      # it went; open() sets them
         self.receive_own()
 
     def passes(self, can_id: int) -> bool:
