@@ -3911,6 +3911,7 @@ class BurstTest(KernelTestCase):
         events = {a: self.retrieve(a), c: []}
         while events[c][-1:] != [(255,)]:
             events[c] += map(type_and_data, next_events(c, 1))
+        c.say("quitloop")                   # no sign of life between STAT's lines
         for peer, got in events.items():
             self.assertEqual(len(got) + self.stat(peer)[2], FLOOD + 1)
             self.assertEqual(got, sorted(got))

@@ -906,10 +906,16 @@ def remarks_on(name: str, link: Link, buffer_size: int) -> "list[tuple[int, str]
 
     `buffer_size`: of the socket's receive buffer, as the kernel counts it.
     """
-    state = CAN_STATES[link.state:][:1] if link.state is not None else []
-    rate = f"{link.bitrate} bit/s" if link.bitrate else ""
-    remarks = [(LOG_INFO, f"{name}: " + ", ".join(filter(None, ["up", link.kind, rate, *state]))
-                + f"; VSCP nodes speak {BIT_RATE}" * bool(rate and link.bitrate != BIT_RATE))]
+    remarks = []
+    if link.kind:
+        words = ["up", link.kind]
+        if link.bitrate:
+            words.append(f"{link.bitrate} bit/s")
+        if link.state is not None:
+            words += CAN_STATES[link.state:][:1]
+        differs = link.bitrate not in (None, BIT_RATE)
+        remarks.append((LOG_INFO, f"{name}: {', '.join(words)}"
+                        + f"; VSCP nodes speak {BIT_RATE}" * differs))
     if link.listen_only:
         remarks.append((LOG_WARNING, listen_only_text(name)))
     if link.qdisc and link.qdisc not in HONEST_QUEUES:
