@@ -84,8 +84,8 @@ class CandleLight:
       what is in the mailboxes goes out, but 2026 has emptied them. Down and up end it, too.
     - error(CLASSES, ...): any error frame, once more "bus off", or that nobody acknowledges.
     - set(stuck=True): takes frames and does nothing with them, so there is no echo of any.
-    - with hanging(): a firmware that answers no more requests, as when the interface goes up or
-      down, or (2026 only) when the kernel asks it for its state and the error counters.
+    - with hanging(SECONDS): a firmware that does not answer a request, as when the interface goes
+      up or down, or (2026 only) when the kernel asks it for its state and the error counters.
     - Listen-only, where nothing is sent and nothing acknowledged, is up to the driver.
     - unplug(HOW), with frames under way, and plug_in() again.
 
@@ -95,6 +95,7 @@ class CandleLight:
     def __init__(self, firmware: str = "2.0", port: int = 0) -> None:
         self.firmware = firmware
         self.port = port                        # of the virtual host controller
+        self.hangs_s = 0.0
         self.answers = threading.Event()        # not while the firmware hangs
         self.asked = threading.Event()          # a request has come
         self.lock = threading.RLock()           # of all that follows
@@ -204,8 +205,9 @@ class CandleLight:
         return [*restarted, (ERR_CRTL | ERR_CNT, transmit)]
 
     @contextlib.contextmanager
-    def hanging(self) -> Iterator[None]:
-        """The firmware hangs meanwhile, from the next request on; `asked` is set then."""
+    def hanging(self, seconds: float) -> Iterator[None]:
+        """The next request meanwhile is answered so late, or at the end; `asked` is set by it."""
+        self.hangs_s = seconds
         self.asked.clear()
         self.answers.clear()
         try:
@@ -224,7 +226,8 @@ class CandleLight:
                 data = self.read(size) if command == CMD_SUBMIT and not is_in else b""
                 if command == CMD_SUBMIT and not endpoint and setup[0] & 0x60:
                     self.asked.set()
-                    self.answers.wait()
+                    self.answers.wait(self.hangs_s)
+                    self.answers.set()
                 with self.lock:
                     if command == CMD_UNLINK:
                         self.unlink(number, cancelled)
