@@ -779,6 +779,27 @@ EVENTS = (                              # given to SEND; CAN id # data; the line
     ("96,20,3,0,,0,-,1,2,", "0C140300#0102", "96,20,3,0,*,#,::0,1,2"),
     ("96,20,3,0,,0,,", "0C140300#", "96,20,3,0,*,#,::0"),
     ("96,20,3,x,yesterday,-1,-,7", "0C140300#07", "96,20,3,0,*,#,::0,7"),
+    ("96,20,3,0,2026-11-28 05:00:00,0,-,7", "0C140300#07", "96,20,3,0,*,#,::0,7"),
+    # The GUID as the VSCP specification writes it.
+    ("96,20,3,0,,0,{FFFFFFFF-FFFF-FFFF-0102-03AABB440130},7", "0C140330#07",
+     "96,20,3,0,*,#,::30,7"),
+    ("96,20,3,0,,0,*:FE:5,7", "0C140305#07", "96,20,3,0,*,#,::5,7"),
+    ("96,20,3,0,,0,{-},7", "0C140300#07", "96,20,3,0,*,#,::0,7"),
+    # Without datetime: VSCP's Python programs of 2026, its C and Perl programs before 2016.
+    ("0x60,0x14,0x3,0x0,1795845433446809000,FF:FF:FF:FF:FF:FF:FF:FE:02:FC:00:00:00:01:00:05,"
+     "0x00,0x50,0x05", "0C140305#005005", "96,20,3,0,*,#,::5,0,80,5"),
+    ("0,20,3,0,0,-,0,1,35", "00140300#000123", "0,20,3,0,*,#,::0,0,1,35"),
+    ("0,20,3,0,0,-,9", "00140300#09", "0,20,3,0,*,#,::0,9"),
+    ("0,20,3,0,0,::5", "00140305#", "0,20,3,0,*,#,::5"),
+    ("0,20,3,0,0,::5,", "00140305#", "0,20,3,0,*,#,::5"),
+    ("0,20,3,0,0,{*:5},1,2,3,4,5,6,7,8,", "00140305#0102030405060708",
+     "0,20,3,0,*,#,::5,1,2,3,4,5,6,7,8"),
+    (f"0,532,3,0,0,::5,{ZEROS},9", "00140305#09", "0,20,3,0,*,#,::5,9"),
+    # With datetime: a GUID where the timestamp belongs is junk if another one follows.
+    ("96,20,3,0,,-,::5,7", "0C140305#07", "96,20,3,0,*,#,::5,7"),
+    ("96,20,3,0,,::6,::5", "0C140305#", "96,20,3,0,*,#,::5"),
+    ("96,20,3,0,,::6,,7", "0C140300#07", "96,20,3,0,*,#,::0,7"),
+    ("96,20,3,0,,-,,", "0C140300#", "96,20,3,0,*,#,::0"),
     # Level I mirrored as Level II; of the interface's GUID, 14 bytes count.
     (f"96,532,3,0,,0,-,{ZEROS}", "0C140300#", "96,20,3,0,*,#,::0"),
     (f"96,532,3,0,,0,::5,{ZEROS},0,1,35", "0C140305#000123", "96,20,3,0,*,#,::5,0,1,35"),
@@ -800,20 +821,42 @@ BAD_EVENTS = (
     "96,20,3,0,,0,-,0x", "96,20,3,0,,0,-,0xG", "96,20,3,0,,0,-,FF", "96,20,3,0,,0,-,1.5",
     "96,20,3,0,,0,-,1,2,3,4,5,6,7,8,9",
     "96,20,3,0,,0,0", "96,20,3,0,,0,::1:FFF", "96,20,3,0,,0,0:G", "96,20,3,0,,0,::0:",
+    "96,20,3,0,,0,::", "96,20,3,0,,0,*", "96,20,3,0,,0,*:", "96,20,3,0,,0,{}",
+    # Without datetime.
+    "96,20,3,0,0,5", "96,20,3,0,-,5", "96,20,3,0,0,-,256", "96,20,3,0,0,-,1,,2", "96,20,3,0,0,,1",
+    "96,20,3,0,0,::5,1,2,3,4,5,6,7,8,9", "96,20,3,0,0,::1:FFF,1", "96,20,3,-,1,2,3",
     # Class 512-1023 without the GUID of an interface, with too much after it, with another's.
     "96,532,3,0,,0,-", f"96,532,3,0,,0,-,{ZEROS[2:]}", f"96,532,3,0,,0,-,{ZEROS},1,2,3,4,5,6,7,8,9",
     f"96,532,3,0,,0,-,1{ZEROS[1:]}", f"96,532,3,0,,0,-,{ZEROS[:-6]},1,0,0",
 )
 
+FIFTEEN = ":".join("0" * 15)
 GUIDS = (                               # given; as the daemon writes it
-    ("0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0", "0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0"),
+    (FIFTEEN + ":0", "0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0"),
     ("00:01:02:03:04:05:06:07:08:09:0a:0b:0c:0d:0e:0f", "0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:F"),
     ("FF:ff:Ff:fF:10:a0:0A:1:0:0:0:0:0:0:0:FE", "FF:FF:FF:FF:10:A0:A:1:0:0:0:0:0:0:0:FE"),
+    # In groups.
+    ("FFFFFFFF-FFFF-FFFF-0102-03AABB440130", "FF:FF:FF:FF:FF:FF:FF:FF:1:2:3:AA:BB:44:1:30"),
+    ("0001:0203:0405:0607:0809:0a0b:0c0d:0e0f", "0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:F"),
+    ("0001:0203:0405:0607-8-9:0a0b0c0d0e-f", "0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:F"),
+    ("000102030405060708090a0b0c0d0e0f", "0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:F"),
+    # With a filling.
+    ("-", "0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0"),
+    ("-:1:2:3", "0:0:0:0:0:0:0:0:0:0:0:0:0:1:2:3"),
+    ("*:1", "FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:1"),
+    ("*:0102-03AABB440130", "FF:FF:FF:FF:FF:FF:FF:FF:1:2:3:AA:BB:44:1:30"),
+    (f"-:{FIFTEEN}:7", "0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:7"),
+    # In braces.
+    ("{00:01:02:03:04:05:06:07:08:09:0a:0b:0c:0d:0e:0f}", "0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:F"),
+    ("{FFFFFFFF-FFFF-FFFF-0102-03AABB440130}", "FF:FF:FF:FF:FF:FF:FF:FF:1:2:3:AA:BB:44:1:30"),
+    ("{*:1}", "FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:FF:1"),
+    ("{-}", "0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:0"),
 )
-FIFTEEN = ":".join("0" * 15)
-BAD_GUIDS = ("", "-", "0", "::5", "0" * 32, "-".join("0" * 16), FIFTEEN, FIFTEEN + ":0:0",
-             FIFTEEN + ":", FIFTEEN + ":100", FIFTEEN + ":G", FIFTEEN + ":-1", FIFTEEN + ": 1",
-             FIFTEEN + ":0\n")
+BAD_GUIDS = ("", "0", FIFTEEN, FIFTEEN + ":0:0", FIFTEEN + ":", FIFTEEN + ":100", FIFTEEN + ":G",
+             FIFTEEN + ":-1", FIFTEEN + ": 1", FIFTEEN + ":0\n", ":" + FIFTEEN, "0" * 31, "0" * 33,
+             "0" * 34, FIFTEEN[2:] + ":100", "000-" * 10 + "00", "{}", "{0", "0}", "{{-}}", "*",
+             "*:", "-:", "-1", "*1", "-:-1", "-:1:", f"-:{FIFTEEN}:0:0", f"{FIFTEEN},0", "1::2")
+UNSURE_GUIDS = ("::", "::1", "::0102:03aa:44:01:30", "{::1}", f"::{FIFTEEN}:0")
 
 
 def parse_frame(text: str) -> tuple[int, bytes]:
@@ -845,9 +888,29 @@ class EventTest(DaemonTestCase):
                 self.assertEqual(uvscpd.format_guid(guid), written)
 
     def test_bad_GUIDs(self) -> None:
-        for text in BAD_GUIDS:
+        for texts, reason in ((BAD_GUIDS, "Invalid GUID"), (UNSURE_GUIDS, ":: means .*")):
+            for text in texts:
+                with self.subTest(text), self.assertRaisesRegex(uvscpd.VscpError, f"^{reason}$"):
+                    uvscpd.parse_guid(text)
+
+    def test_nickname_in_a_GUID_of_any_form(self) -> None:
+        for text, nickname in (("", 0), *((given, int(written.rpartition(":")[2], 16))
+                                          for given, written in GUIDS),
+                               ("::1", 1), ("::0102:03aa:44:01:30", 0x30), ("{::FE}", 0xFE)):
+            with self.subTest(text):
+                self.assertEqual(uvscpd.parse_nickname(text), nickname)
+        for text in (*filter(None, BAD_GUIDS), "::", "{::}", "::1::2"):
             with self.subTest(text), self.assertRaises(uvscpd.VscpError):
-                uvscpd.parse_guid(text)
+                uvscpd.parse_nickname(text)
+
+    def test_event_without_datetime(self) -> None:
+        for sent, frame, _ in EVENTS:
+            fields = expand(sent).split(",")
+            if len(fields) > 6 and uvscpd.is_guid(fields[6]):
+                del fields[4]
+                with self.subTest(",".join(fields)):
+                    can_id, data = uvscpd.parse_event(",".join(fields))[:2]
+                    self.assertEqual(f"{can_id:08X}#{data.hex()}", frame)
 
     def test_struct_can_frame(self) -> None:
         self.assertEqual(uvscpd.pack_frame(0x0C140305, b"\0\1\x23"),
@@ -1659,7 +1722,8 @@ class CommandTest(DaemonTestCase):
     def test_wrong_number_of_arguments(self) -> None:
         without = " ".join(names for names, _ in self.REPLIES[:-2]).split()
         lines = [f"{name} 1" for name in without if name not in self.WITH_ARGUMENT.split()]
-        lines += [f"{name} 1 2" for name in f"{self.WITH_ARGUMENT} {self.NEED_ARGUMENT}".split()]
+        lines += [f"{name} 1 2" for name in f"{self.WITH_ARGUMENT} {self.NEED_ARGUMENT}".split()
+                  if name not in ("interface", "client")]
         lines += self.NEED_ARGUMENT.split()
         self.play("".join(f"> {line} | -OK - wrong number of arguments...\n" for line in lines))
 
@@ -1699,7 +1763,7 @@ class CommandTest(DaemonTestCase):
         > interface close   | -OK - ...full VSCP daemon...
         > interface unique 0:1 | -OK - ...full VSCP daemon...
         > interface Normal  | -OK - ...full VSCP daemon...
-        > interface foo     | -OK - ...
+        > interface foo 1 2 | 0,2,::0,...|Started * | +OK
     test_commands_of_the_full_daemon_with_arguments
         > variable list 1 2 3 | -OK - ...full VSCP daemon...
         > restart 1 2 3     | -OK - uvscpd is not capable of restart/shutdown
@@ -1725,12 +1789,20 @@ class CommandTest(DaemonTestCase):
     test_SGID_then_SEND_mirrored_event
         A> sgid 1:2:3:4:5:6:7:8:9:A:B:C:D:E:0:0
         A> send 96,532,3,0,,0,-,1,2,3,4,5,6,7,8,9,10,11,12,13,14,0,7,99
-        A> send 96,532,3,0,,0,-,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,99 | -OK - ...
-        B= 1
-        B> retr         | 96,20,3,0,*,#,::0,99 | +OK
+        A> send 96,532,3,0,,0,-,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,98
+        A> send 96,532,3,0,,0,-,1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,97 | -OK - ...
+        B= 2
+        B> retr 2       | 96,20,3,0,*,#,::0,99 | 96,20,3,0,*,#,::0,98 | +OK
+    test_SGID_forms
+        > sgid {FFFFFFFF-FFFF-FFFF-0102-03AABB440130}
+        > ggid          | FF:FF:FF:FF:FF:FF:FF:FF:1:2:3:AA:BB:44:1:30 | +OK
+        > sgid -:1:2 ; ggid | ::1:2 | +OK
+    test_SGID_first_GUID_again -g 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10
+        > sgid ::5 ; ggid | ::5 | +OK
+        > SetGUID - ; ggid | 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10 | +OK
     test_SGID_invalid
         > sgid 1:2:3    | -OK - Invalid GUID
-        > SetGUID -     | -OK - Invalid GUID
+        > sgid ::       | -OK - :: means FF in some VSCP programs and zeros in others, ...
         > ggid          | ::0 | +OK
     test_RETR_empty_queue
         > retr 0
@@ -1760,6 +1832,7 @@ class CommandTest(DaemonTestCase):
         A> smsk 0, 0xFFFF,0,  ::0 ; sflt 0, 20, 0, ::0
         B> send 96, 20, 3, 0, , 0, -, 1,  2
         B> send 96 ,20,3,0,,0,- | -OK - wrong number of arguments, expected head,class,...
+        B> send 96,20,3,0,2026-11-28 5,0,- | -OK - wrong number of arguments, expected head,...
         B> send         | -OK - wrong number of arguments, expected head,class,...
         B> smsk 0,0     0,0 | -OK - wrong number of arguments, expected priority,class,type,GUID
         A= 1
@@ -1775,6 +1848,11 @@ class CommandTest(DaemonTestCase):
         A> SetMask 0,0,0,::0 ; SetFilter 0,0,0,::0
         B> send 96,21,5,0,,0,-
         A= 1
+    test_SMSK_SFLT_with_the_number_of_a_filter
+        A> smsk 0,0xFFFF,0,-,1 ; sflt 0, 20, 0, -, 0x1
+        B> send 96,21,1,0,,0,- ; send 96,20,2,0,,0,-
+        A= 1
+        A> retr         | 96,20,2,0,*,#,::0 | +OK
     test_SMSK_SFLT_act_on_what_comes_afterwards
         B> send 96,20,1,0,,0,- ; send 96,21,2,0,,0,-
         A> smsk 0,0xFFFF,0,::0 ; sflt 0,21,0,::0
@@ -1783,9 +1861,13 @@ class CommandTest(DaemonTestCase):
         A> retr 3       | 96,20,1,0,*,#,::0 | 96,21,2,0,*,#,::0 | 96,21,4,0,*,#,::0 | +OK
     test_SMSK_SFLT_format_errors
         > smsk 0,0,0                | -OK - format error in mask frame
-        > smsk 0,0,0,::0,0          | -OK - format error in mask frame
+        > smsk 0,0,0,::0,           | -OK - format error in mask frame
+        > smsk 0,0,0,::0,1,1        | -OK - format error in mask frame
+        > smsk 0,0,0,::             | -OK - format error in mask frame: :: means FF in some ...
         > setmask 0,65536,0,::0     | -OK - format error in mask frame
         > setmask 0,0,0,::100       | -OK - format error in mask frame
+        > sflt 0,0,0,::0,x          | -OK - format error in filter frame
+        > sflt 0,0,0,::             | -OK - format error in filter frame: :: means FF in some ...
         > sflt foo                  | -OK - format error in filter frame
         > sflt -1,0,0,::0           | -OK - format error in filter frame
         > setfilter 256,0,0,::0     | -OK - format error in filter frame
@@ -2453,23 +2535,25 @@ class ClientIdTest(OwnDaemonTestCase):
         a, b, c = peers = [self.connect(daemon) for _ in range(3)]
         for number, peer in enumerate(peers, 1):
             peer.say(f"chid | {number} | +OK", f"ggid | {self.BASE}:0:{number}:0:0 | +OK")
-        # The id is the obid. A mirrored event may name A's GUID or the interface's.
+        # The id is the obid. A mirrored event may name A's GUID, the interface's, or zeros.
         # Event lines have the interface's GUID, whatever SGID says; filters compare with that.
         interface = f"{self.BASE}:0:0:0"
         seen = " | ".join(f"96,20,{rest}" for rest in (
             f"1,1,*,#,{interface}:5,7", f"2,1,*,#,{interface}:6,8", f"3,1,*,#,{interface}:6,9",
-            f"4,1,*,#,{interface}:5"))
+            f"3,1,*,#,{interface}:6,10", f"4,1,*,#,{interface}:5"))
         talk(f"""
             A> send 96,20,1,0,,0,::5,7
             A> send 96,532,2,0,,0,::6,{self.DATA},0,1,0,9,8
             A> send 96,532,3,0,,0,::6,{self.DATA},0,0,0,9,9
+            A> send 96,532,3,0,,0,::6,{ZEROS},10
             A> send 96,532,2,0,,0,::6,{self.DATA},0,2,0,9,8 | -OK - ...
             B> sgid ::1 ; sflt 0,0,0,{interface}:0 ; smsk 0,0,0,{"FF:" * 15}0
             A> send 96,20,4,0,,0,::5
-            B= 4
-            C= 4
-            B> retr 4 | {seen} | +OK
-            C> retr 4 | {seen} | +OK
+            A> sgid ::9 ; sgid - ; ggid | {self.BASE}:0:1:0:0 | +OK
+            B= 5
+            C= 5
+            B> retr 5 | {seen} | +OK
+            C> retr 5 | {seen} | +OK
             B> quit | +OK - bye | (closed)
         """, *peers)
         d = self.connect(daemon)                            # does not get the id of B, who left
@@ -2800,7 +2884,7 @@ class ArgumentTest(OwnDaemonTestCase):
         "--canbus=", "--canbus=sixteen.letters.", "--canbus=a/b", "--canbus=a b", "--canbus=.",
         "--ip=localhost", "--ip=1.2.3", "--ip=1.2.3.4.5", "--ip=::g", "--ip=",
         "--ip=fe80::1%\udcff", "--ip=127.0.0.1%lo",
-        "--guid=1:2", "--guid=", "--guid=-", "--guid=1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:100",
+        "--guid=1:2", "--guid=", "--guid={}", "--guid=1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:100",
         "--user=", "--user=two words", "--password=", "--password=two words", "--password=\xe9",
         "--buffer=x", "--max-clients=x", f"--user={'x' * 256}")
     LIMITS = (("guest", 0, 15), ("buffer", 1, 1000000), ("max-clients", 1, 10000),
@@ -2852,6 +2936,7 @@ class ArgumentTest(OwnDaemonTestCase):
         for argument in self.BAD_ARGUMENTS:
             self.assert_bad_argument(argument)
         self.assert_bad_argument("--nonsense", "unrecognized arguments: --nonsense, see --help$")
+        self.assert_bad_argument("--guid=::1", ":: means FF in some VSCP programs")
         for option in ("port", "users", "guest", "allow", "max-clients"):
             self.assert_bad_argument(f"--{option}=--", "")
         self.assert_bad_argument("@/no/file", "cannot read /no/file: No such file or directory$")
@@ -2914,6 +2999,16 @@ class ArgumentTest(OwnDaemonTestCase):
             f"restart | {NOT_ALLOWED}", f"user admin ; pass secRet | {WRONG}",
             f"user Admin ; pass secRet ; restart | {ALLOWED}",
             "ggid | 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10 | +OK")
+
+    def test_forms_of_GUID(self) -> None:
+        for text, guid in (("-:1", bytes(15) + b"\1"), ("*:1", b"\xFF" * 15 + b"\1"),
+                           ("{FFFFFFFF-FFFF-FFFF-0102-03AABB440130}",
+                            bytes.fromhex("FFFFFFFFFFFFFFFF010203AABB440130")),
+                           ("*:1:2:3:4:5:6:7:8:9:A:B", b"\xFF" * 5 + bytes(range(1, 12))),
+                           ("1:2:3:4:5:6:7:8:9:A:B:C", bytes(range(1, 13))),
+                           ("01020304-0506-0708-090A-0B0C", bytes(range(1, 13)))):
+            with self.subTest(text):
+                self.assertEqual(uvscpd.parse_arguments([f"--guid={text}"]).guid, guid)
 
     def assert_machine_guid(self, kind: str, addresses: set[bytes]) -> None:
         """The GUID has one of these addresses; if there are none, it is a bad argument."""

@@ -210,6 +210,8 @@ def traceback_text(error: BaseException) -> str:
 # The fields of commands and events, from text to values and back.
 
 GUID_ZERO = bytes(16)
+GUID_FILLING = {"-:": b"\0", "*:": b"\xFF"}     # how a GUID begins: what stands before its bytes
+UNSURE_GUID = ":: means FF in some VSCP programs and zeros in others, write *: or -: instead"
 
 
 def parse_number(text: str, limit: int, what: str) -> int:
@@ -231,17 +233,51 @@ def parse_number(text: str, limit: int, what: str) -> int:
     return value
 
 
-def parse_guid(text: str) -> bytes:
-    """The 16 bytes of a GUID written as 16 hexadecimal numbers between colons.
+def guid_bytes(text: str) -> bytes:
+    """The bytes of a GUID, or of the beginning of one, in hexadecimal digits.
 
-    Raises VscpError unless there are 16 fields of one or two digits.
+    The forms are those of the VSCP specification (Globally Unique Identifiers):
 
-    >>> parse_guid("0:0:0:0:0:0:0:0:0:0:0:0:0:0:1:fe").hex()
-    '000000000000000000000000000001fe'
+        0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:F         one or two digits per byte
+        FFFFFFFF-FFFF-FFFF-0102-03AABB440130    groups of bytes with two digits each
+        -:1:2                                   16 bytes, zeros before those given
+        *:1:2                                   16 bytes, FF before those given
+        -                                       16 zeros
+        {...}                                   any of these
+
+    Bytes and groups stand between colons or dashes. Raises VscpError for all else. Among it
+    are groups of 3, 5 or more digits, as it is not sure where their bytes begin; and `::1:2`,
+    which one library of the VSCP project fills with FF, as the specification says, and
+    another one with zeros.
+
+    >>> guid_bytes("01-0203:4:abcd").hex(), guid_bytes("{-:1}") == bytes(15) + b"\\1"
+    ('01020304abcd', True)
     """
-    if not re.fullmatch("[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{1,2}){15}", text):
+    text = text[1:-1] if text[:1] == "{" and text[-1:] == "}" else text
+    if text == "-":
+        return GUID_ZERO
+    if text.startswith("::"):
+        raise VscpError(UNSURE_GUID)
+    filling = GUID_FILLING.get(text[:2], b"")
+    groups = re.split("[:-]", text[2:] if filling else text)
+    if not all(re.fullmatch("[0-9a-fA-F]|([0-9a-fA-F]{2})+", group) for group in groups):
         raise VscpError("Invalid GUID")
-    return bytes(int(field, 16) for field in text.split(":"))
+    given = b"".join([bytes.fromhex(group.zfill(2)) for group in groups])
+    return filling * (16 - len(given)) + given
+
+
+def parse_guid(text: str) -> bytes:
+    """The 16 bytes of a GUID in one of the forms of guid_bytes, which must make so many.
+
+    Raises VscpError otherwise.
+
+    >>> parse_guid("*:1:fe").hex()
+    'ffffffffffffffffffffffffffff01fe'
+    """
+    guid = guid_bytes(text)
+    if len(guid) != 16:
+        raise VscpError("Invalid GUID")
+    return guid
 
 
 def format_guid(guid: bytes) -> str:
@@ -262,9 +298,23 @@ def client_guid(base: bytes, channel_id: int) -> bytes:
     return base if len(base) == 16 else base + channel_id.to_bytes(2, "big") + bytes(2)
 
 
-def parse_event_guid(text: str) -> bytes:
-    """As parse_guid; an empty text or `-` is the GUID of all zeros."""
-    return GUID_ZERO if text in ("", "-") else parse_guid(text)
+def parse_nickname(text: str) -> int:
+    """The last byte of a GUID in SEND, which is all that CAN carries of it; 0 for an empty one.
+
+    So here `::` is allowed, too, if a byte follows it: what it stands for does not count.
+
+    >>> parse_nickname("::12:fe"), parse_nickname("-"), parse_nickname("")
+    (254, 0, 0)
+    """
+    return parse_guid(text.replace("::", "-:", 1))[15] if text else 0
+
+
+def is_guid(text: str) -> bool:
+    """Whether a field of SEND is a GUID; an empty one is none."""
+    try:
+        return bool(text) and parse_nickname(text) >= 0
+    except VscpError:
+        return False
 
 
 # =============================================================================
@@ -327,8 +377,25 @@ def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> "tuple[in
     """
     number = parse_number(vscp_class, 1023, "class")
     can_id = pack_id(parse_number(head, 0xFFFF, "head"), number,
-                     parse_number(vscp_type, 255, "type"), parse_event_guid(guid)[15])
+                     parse_number(vscp_type, 255, "type"), parse_nickname(guid))
     return can_id, number > 511
+
+
+def with_datetime(fields: "list[str]") -> "list[str]":
+    """The fields of an event, with an empty datetime if that has been left out.
+
+    VSCP's C and Perl programs before 2016 and its Python packages of 2026 write
+    `head,class,type,obid,timestamp,GUID,data...`: the sixth field is a GUID, and the
+    seventh, if there is one, is none. Without data the seventh is missing or, for a comma
+    at the end, empty.
+
+    >>> with_datetime("96,20,3,0,4711,-,7".split(","))
+    ['96', '20', '3', '0', '', '4711', '-', '7']
+    """
+    sixth, seventh = (*fields[5:7], "", "")[:2]
+    if is_guid(seventh) or not is_guid(sixth):
+        return fields
+    return [*fields[:4], "", *fields[4:]]
 
 
 def parse_event(text: str) -> "tuple[int, bytes, bytes]":
@@ -336,20 +403,27 @@ def parse_event(text: str) -> "tuple[int, bytes, bytes]":
 
     And the GUID of the interface that it is meant for: the first 16 data bytes of a
     class from 512 on, which is a Level I event mirrored as Level II; else empty.
-    obid, datetime and timestamp are ignored, as CAN carries none of them. A comma at
-    the end is no data byte: VSCP's Arduino client ends events without data so. Raises
-    VscpError when a field is missing, malformed or out of range.
+    obid, datetime and timestamp are ignored, as CAN carries none of them, and datetime
+    may be left out. A comma at the end is no data byte: VSCP's Arduino client ends
+    events without data so. Raises VscpError when a field is missing, malformed or out of
+    range.
 
     >>> can_id, data, _ = parse_event("96,20,3,0,,0,-,0,1,0x23")
     >>> f"{can_id:08X}#{data.hex()}"
     '0C140300#000123'
     """
     fields = text.split(",")
+    if len(fields) < 8:                     # no data, or one byte without datetime
+        fields = with_datetime(fields)
     if len(fields) < 7:
         raise VscpError("an event is head,class,type,obid,datetime,timestamp,GUID,data...")
     if not fields[-1] and len(fields) > 7:
         del fields[-1]
-    can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
+    try:
+        can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
+    except VscpError:
+        fields = with_datetime(fields)
+        can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
     try:
         data = bytes([BYTE_VALUE[field] for field in fields[7:]])
     except KeyError:
@@ -448,18 +522,23 @@ FILTER_ALL = (0, 0, 0, GUID_ZERO)
 def parse_filter(text: str, what: str) -> "Filter":
     """The filter or mask `priority,class,type,GUID`; `what` is the word for it.
 
-    Raises VscpError when it is not one. Real clients give masks of 0xFFFF for
-    the type, too.
+    A fifth field, the number of a filter, is not used: a client has one. The GUID may be
+    empty. Raises VscpError when it is not one. Real clients give masks of 0xFFFF for the
+    type, too.
 
     >>> parse_filter("0,0x1FF,0,-", "mask")[:3]
     (0, 511, 0)
     """
     try:
-        priority, vscp_class, vscp_type, guid = text.split(",")
+        fields = text.split(",")
+        if len(fields) == 5:
+            parse_number(fields.pop(), sys.maxsize, "filter number")
+        priority, vscp_class, vscp_type, guid = fields
         return (parse_number(priority, 0xFF, "priority"), parse_number(vscp_class, 0xFFFF, "class"),
-                parse_number(vscp_type, 0xFFFF, "type"), parse_event_guid(guid))
+                parse_number(vscp_type, 0xFFFF, "type"), parse_guid(guid or "-"))
     except (ValueError, VscpError):
-        raise VscpError(f"format error in {what} frame") from None
+        raise VscpError(f"format error in {what} frame"
+                        + f": {UNSURE_GUID}" * ("::" in text)) from None
 
 
 def make_view(wanted: "Filter", mask: "Filter", guid: bytes) -> "View":
@@ -1895,10 +1974,12 @@ class Client:
 # lists the rows in this order. The function takes the client and the arguments, and
 # returns the whole reply or raises VscpError; "" is a reply that comes later. How many
 # arguments it may get follows from its signature; `*arguments` is any number. A comma
-# in the row's arguments means that they are one list: spaces after its commas are allowed.
+# in the row's arguments means that they are one list, in which some spaces are allowed.
 
 CAPABILITIES = 1 << 15 | 1 << 5 | 1 << 3    # WCYD: TCP server, IPv4, several connections
 CAPABILITY_IPV6 = 1 << 6
+# Spaces that people and programs put into a list: after commas, and between date and time of day.
+LIST_SPACES = r"(?<=,) +|(?<=\d{4}-\d\d-\d\d) +(?=\d\d:)"
 
 
 OK = "+OK\r\n"                  # the reply without data, and the sign of life
@@ -1975,7 +2056,7 @@ def run_command(client: Client, line: str) -> str:
         if client.user.privilege < row.privilege:
             raise VscpError("Need to log in to perform this command.")
         if len(arguments) > row.most and row.takes_list:
-            arguments = re.sub(", +", ",", " ".join(arguments)).split()
+            arguments = re.sub(LIST_SPACES, "", " ".join(arguments)).split()
         if not row.least <= len(arguments) <= row.most:
             raise VscpError("wrong number of arguments"
                             + f", expected {row.usage}" * row.takes_list)
@@ -2067,13 +2148,10 @@ def do_wcyd(client: Client) -> str:
 
 
 @command("interface client", 0, "[list]", "list the interfaces")
-def do_interface(client: Client, action: str = "list", *more: str) -> str:
+def do_interface(client: Client, action: str = "list", *_more: str) -> str:
     if action.lower() in ("close", "unique", "normal"):
         raise VscpError(ONLY_FULL_DAEMON)
-    if more:
-        raise VscpError("wrong number of arguments")
-    if action.lower() != "list":
-        raise VscpError("interface knows only LIST")
+    # All other words are ignored (VSCP specification, TCP/IP link protocol).
     # Number, type, GUID, name. The types are the VSCP daemon's: 2 a Level I driver, 4 a client.
     daemon = client.daemon
     lines = [f"0,2,{format_guid(client.interface_guid)},{daemon.bus.name}|"
@@ -2165,14 +2243,17 @@ def do_quitloop(client: Client) -> str:
 @command("send", 4, "head,class,type,obid,datetime,timestamp,GUID,data...", "send an event")
 def do_send(client: Client, text: str) -> str:
     can_id, data, interface = parse_event(text)
-    if interface and interface[:14] not in (client.guid[:14], client.interface_guid[:14]):
+    # 14 zeros are this interface, too: VSCP Works writes them when it looks for nodes.
+    if interface and interface[:14] not in (
+            client.guid[:14], client.interface_guid[:14], GUID_ZERO[:14]):
         raise VscpError("no interface with this GUID here")
     return client.daemon.queue.send(client, can_id, data)
 
 
-@command("sgid setguid", 6, "GUID", "set the GUID of this client")
+@command("sgid setguid", 6, "GUID", "set the GUID of this client; -: the one it had at first")
 def do_sgid(client: Client, text: str) -> str:
-    client.guid = parse_guid(text)
+    first_guid = client_guid(client.daemon.options.guid, client.channel_id)
+    client.guid = first_guid if text == "-" else parse_guid(text)
     client.set_view()
     return ok()
 
@@ -3196,12 +3277,13 @@ def guid_argument(text: str) -> bytes:
     try:
         if kind in ("mac", "ip"):
             return own_guid(kind, name)
-        if text.count(":") == 11:
-            return parse_guid(text + ":0:0:0:0")[:12]
-        return parse_guid(text)
+        guid = guid_bytes(text)
+        if len(guid) not in (12, 16):
+            raise VscpError("Invalid GUID")
+        return guid
     except VscpError:
-        raise VscpError(
-            f"'{text}' is not 16 or 12 hexadecimal bytes between colons, mac or ip") from None
+        raise VscpError(UNSURE_GUID if "::" in text else f"'{text}' is not 16 or 12 hexadecimal "
+                        "bytes between colons, mac or ip") from None
     except LookupError:
         raise VscpError(f"no interface with an address for '{text}'") from None
     except OSError as error:
