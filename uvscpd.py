@@ -2303,8 +2303,8 @@ def do_unsupported(_client: Client, *_arguments: str) -> str:
 # changes, and twice a second.
 #
 # What waits (SendQueue, and times):
-#     a SEND, for room on the bus        until poll reports it or for 10 ms; refused after 1 s
-#                                        in which the bus took nothing
+#     a SEND, for room on the bus        until poll reports it or for 10 ms; refused 1.4 s after
+#                                        its line was run
 #     a sign of life, a late answer,     for tick(), which looks at everything that has a time,
 #     a close, a check of the bus        twice a second or sooner (soon)
 
@@ -2314,7 +2314,9 @@ AT_ONCE_S = 0.001               # "again at once"
 BUSY_FRAMES, BUSY_S = 8, 0.02   # so many frames within this time: the bus is busy, ...
 GATHER_S = 0.005                # ... and is read this often, ...
 QUIET_S = 0.02                  # ... but not this soon after a SEND: its client waits for an answer
-SEND_WAIT_S = 1.0               # SENDs give up when the bus has taken no frame for so long
+# A SEND is refused if it has found no room for so long. VSCP's C++ programs wait 2 s, and take an
+# answer that comes later for that of their next command. 0.1 s is for a long turn of the loop.
+SEND_WAIT_S = 1.4
 STOPPING_S = 0.5                # for last replies when the daemon ends
 MAX_LEAVING = 100               # connections that linger at the same time
 
@@ -2423,17 +2425,23 @@ class SendQueue:
     """Takes the clients' SENDs to the bus; those that find no room wait here as frames.
 
     A client has at most one here, as none of its lines runs meanwhile. The first one
-    stays the first until it has been sent, and they give up together: when the bus has
-    taken no frame for a second.
+    stays the first until it has been sent or its time is over. That is the earliest, as
+    they stand here in the order in which their lines were run. The time of a line that a
+    client has sent ahead counts from there, too: before that, it has not been read.
     """
 
     def __init__(self, daemon: "Daemon") -> None:
         self.daemon = daemon
-        self.waiting: dict[Client, tuple[int, bytes]] = {}      # CAN id and data, in order
+        # CAN id and data of the frame, and when it is refused.
+        self.waiting: dict[Client, tuple[int, bytes, float]] = {}
         self.no_room_text = ""              # why they wait
         self.retry_at = NEVER               # by then, or when poll reports room
-        self.give_up_at = NEVER             # if the bus takes nothing until then
         self.sent_at = 0.0                  # the last SEND
+
+    @property
+    def refuse_at(self) -> float:
+        """When the first one that waits is refused."""
+        return next(iter(self.waiting.values()))[2] if self.waiting else NEVER
 
     def send(self, client: Client, can_id: int, data: bytes) -> str:
         """Send a frame; returns the reply, or "" if it waits: then the client is answered later.
@@ -2444,7 +2452,8 @@ class SendQueue:
         self.daemon.reader.stop_gathering()
         if not self.waiting and self.has_sent(client, can_id, data):
             return OK
-        self.waiting[client] = can_id, data
+        self.waiting[client] = can_id, data, self.daemon.now + SEND_WAIT_S
+        self.daemon.soon(self.refuse_at)
         client.pause(NEVER)
         self.watch()
         return ""
@@ -2456,9 +2465,6 @@ class SendQueue:
         except NoRoom as full:
             self.no_room_text = str(full)
             self.retry_at = self.daemon.now + full.retry_s
-            if self.give_up_at == NEVER:
-                self.give_up_at = self.daemon.now + SEND_WAIT_S
-                self.daemon.soon(self.give_up_at)
             return False
         client.on_sent(len(data))
         return True
@@ -2469,25 +2475,25 @@ class SendQueue:
         for client in list(self.waiting):
             if client not in self.waiting:      # the turn of another one has closed it
                 continue
+            can_id, data, _ = self.waiting[client]
             try:
-                reply = OK if self.has_sent(client, *self.waiting[client]) else ""
+                reply = OK if self.has_sent(client, can_id, data) else ""
             except VscpError as error:
                 reply = refusal(error)
             if not reply:
                 break
             del self.waiting[client]
-            self.give_up_at = self.daemon.now + SEND_WAIT_S
             client.resume(reply)
         self.watch()
 
     def tick(self) -> None:
         """Refuse what has waited too long."""
-        if self.give_up_at <= self.daemon.now:
-            waiting, self.waiting = self.waiting, {}
-            self.watch()
-            for client in waiting:
-                client.resume(refusal(self.no_room_text))
-        self.daemon.soon(self.give_up_at)
+        while self.refuse_at <= self.daemon.now:
+            client = next(iter(self.waiting))
+            del self.waiting[client]
+            client.resume(refusal(self.no_room_text))
+        self.watch()
+        self.daemon.soon(self.refuse_at)
 
     def forget(self, client: Client) -> None:
         """The client is gone."""
@@ -2497,7 +2503,7 @@ class SendQueue:
     def watch(self) -> None:
         """Have the selector watch the bus for room, if somebody waits and poll can tell."""
         if not self.waiting:
-            self.give_up_at = self.retry_at = NEVER
+            self.retry_at = NEVER
         room_wanted = bool(self.waiting) and self.retry_at == NEVER
         if self.daemon.bus.out:
             self.daemon.selector.watch(self.daemon.bus.out, WRITE * room_wanted, self.on_room)
