@@ -18,7 +18,8 @@ write lines like these into TRANSCRIPTS of CommandTest; each title becomes a tes
         A> ggid                     | ::5 | +OK
 
     >  commands to send, with ` ; ` between them; each `|` starts a line of the last
-       one's reply. The others, and the last one without a `|`, must get `+OK`
+       one's reply. The others, and the last one without a `|`, must get `+OK`, by which
+       `+OK - Success.` is meant
     <  further lines to get: A< 96,20,3,0,*,#,::5,0,1,35
     =  wait until so many events are buffered for this client: A= 1
 
@@ -264,7 +265,7 @@ class Peer:
         """Read lines, which must match these; the wildcards are those of transcripts."""
         for text in wanted:
             line = self.read_line()
-            while line == "+OK" != text and self.may_be_sign_of_life():
+            while line == SIGN_OF_LIFE and self.may_be_sign_of_life():
                 line = self.read_line()
             if not re.fullmatch(pattern(text), line):
                 heard = "\n    ".join(self.heard[-8:])
@@ -298,7 +299,7 @@ class Peer:
         """Wait until so many events are buffered."""
         deadline = time.monotonic() + TIMEOUT
         reply = self.ask("cdta")
-        while reply != [f"{count} ", "+OK"]:
+        while reply != [f"{count} ", OK]:
             if not re.match("[0-9]+ $", reply[0]) or time.monotonic() > deadline:
                 raise AssertionError(f"waiting for {count} events: {reply}")
             reply = self.ask("cdta")
@@ -314,6 +315,8 @@ class Peer:
         self.__exit__()
 
 
+OK = "+OK - Success."           # the good reply without a text of its own
+SIGN_OF_LIFE = "+OK"
 WILDCARDS = {"*": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "#": r"\d{1,10}", "...": ".*"}
 WILDCARDS["*,#"] = WILDCARDS["*"] + "Z," + WILDCARDS["#"]
 
@@ -325,8 +328,8 @@ def pattern(text: str) -> str:
 
 
 def expand(text: str) -> str:
-    """The text with `::1:5` replaced by the 16 fields of that GUID."""
-    return re.sub("::([0-9A-Fa-f:]+)",
+    """The text with `::1:5` replaced by the 16 fields of that GUID; `+OK` alone is meant as OK."""
+    return OK if text == "+OK" else re.sub("::([0-9A-Fa-f:]+)",
                   lambda match: "0:" * (15 - match[1].count(":")) + match[1], text)
 
 
@@ -472,7 +475,7 @@ def descriptors(daemon: DaemonProcess) -> int:
 
 def await_descriptors(daemon: DaemonProcess, most: int, peer: Peer) -> None:
     """Wait until it has at most so many open; the commands of `peer` keep its loop turning."""
-    until(lambda: peer.ask("noop") == ["+OK"] and descriptors(daemon) <= most,
+    until(lambda: peer.ask("noop") == [OK] and descriptors(daemon) <= most,
           lambda: f"{descriptors(daemon)} descriptors, not {most}")
 
 
@@ -523,7 +526,7 @@ def read_numbers(peer: Peer, last: int) -> list[int]:
         line = peer.file.readline()
         if not line.endswith(b"\r\n"):
             raise AssertionError(f"a line without CR LF after event {numbers[-1]}: {line!r}")
-        if line != b"+OK\r\n":
+        if line.decode() != f"{SIGN_OF_LIFE}\r\n":
             numbers.append(int.from_bytes(map(int, line.split(b",")[-4:]), "big"))
     return numbers[1:]
 
@@ -549,7 +552,7 @@ def next_events(peer: Peer, count: int) -> list[str]:
     lines: list[str] = []
     while len(lines) < count:
         line = peer.read_line()
-        lines += [line] if line != "+OK" else []
+        lines += [line] if line != SIGN_OF_LIFE else []
     return lines
 
 
@@ -1676,7 +1679,7 @@ class LeavingTest(OwnDaemonTestCase):
         a, b = self.connect(daemon), self.connect(daemon)
         a.send("noop", "wcyd", "noop")
         while a.read_line() != "(closed)":
-            self.assertEqual(a.heard[-1], "+OK")
+            self.assertEqual(a.heard[-1], OK)
         for peer in (b, self.connect(daemon)):
             peer.say("chid | 0 | +OK")
         with self.assertRaisesRegex(AssertionError, r"(?s)status 0.*a bug in uvscpd\.py, the "
@@ -1729,7 +1732,7 @@ class CommandTest(DaemonTestCase):
 
     def test_HELP(self) -> None:
         *lines, final = self.connect().ask("help")
-        self.assertEqual(final, "+OK")
+        self.assertEqual(final, OK)
         self.assertEqual([re.split("[ :]", line)[0] for line in lines],
                          [row.names[0].upper() for row in ROWS])
 
@@ -1920,10 +1923,10 @@ class ReceiveLoopTest(DaemonTestCase):
         again.say("rcvloop")
         for seconds in (2, 4):
             for peer in (again, in_loop):
-                self.assertEqual(peer.read_line(), "+OK")
+                self.assertEqual(peer.read_line(), SIGN_OF_LIFE)
                 self.assertGreaterEqual(time.monotonic() - begin, seconds - 0.01)
                 peer.signs_of_life += 1
-        self.assertEqual(out_of_loop.ask("chid"), ["0", "+OK"])     # nothing came before
+        self.assertEqual(out_of_loop.ask("chid"), ["0", OK])     # nothing came before
         again.say("chid | 0 | +OK")
 
     def test_each_reply_is_one_write(self) -> None:
@@ -2264,7 +2267,7 @@ class ConnectionTest(OwnDaemonTestCase):
         # Connected clients are still served. The sign of life comes after two seconds.
         peers[0].say("rcvloop")
         with idle(daemon):
-            self.assertEqual(peers[0].read_line(), "+OK")
+            self.assertEqual(peers[0].read_line(), SIGN_OF_LIFE)
         tries = daemon.log.count("cannot accept a connection")
         self.assertIn(tries, range(1, int(2 * (time.monotonic() - waiting.since)) + 4))
         peers[1].__exit__()
@@ -2319,7 +2322,7 @@ class TurnTest(OwnDaemonTestCase):
         client, _ = self.connect_in_process(daemon)
         health = daemon.bus.health
         daemon.bus.dropped, health.bus_offs, health.warnings, client.missed = 7, 1, 2, 30
-        self.assertEqual(uvscpd.run_command(client, "stat"), "1,2,32,0,0,0,0\r\n+OK\r\n")
+        self.assertEqual(uvscpd.run_command(client, "stat"), f"1,2,32,0,0,0,0\r\n{OK}\r\n")
 
     @staticmethod
     def frames_come(daemon: uvscpd.Daemon, count: int) -> None:
@@ -2348,7 +2351,7 @@ class TurnTest(OwnDaemonTestCase):
         for quiet_s, gathers in ((0.019, False), (0.021, True)):
             daemon.now += 10
             daemon.reader.gather_at = daemon.now + 1
-            self.assertEqual(uvscpd.run_command(client, "send 0,20,1,0,,0,-"), "+OK\r\n")
+            self.assertEqual(uvscpd.run_command(client, "send 0,20,1,0,,0,-"), f"{OK}\r\n")
             self.assertEqual(daemon.reader.gather_at, daemon.now)
             daemon.reader.read_gathered()                     # takes in just that one
             self.assertEqual(daemon.reader.gather_at, uvscpd.NEVER)
@@ -2507,7 +2510,7 @@ class RoomTest(OwnDaemonTestCase):
             send.side_effect = None
             daemon.queue.on_room()
         other_end.settimeout(TIMEOUT)
-        self.assertTrue(other_end.recv(4096).endswith(b":virtual:\r\n+OK\r\n"))
+        self.assertTrue(other_end.recv(4096).endswith(b":virtual:\r\n+OK - Success.\r\n"))
 
     def test_input_is_not_watched_while_a_SEND_waits(self) -> None:
         daemon = self.daemon_in_process()
@@ -2533,7 +2536,7 @@ class RoomTest(OwnDaemonTestCase):
             daemon.tick()
             daemon.tick()
         self.assertTrue(other_end.recv(4096).endswith(
-            b":virtual:\r\n+OK\r\n-OK - no room\r\n+OK\r\n"))
+            b":virtual:\r\n+OK - Success.\r\n-OK - no room\r\n+OK\r\n"))
 
 
 class StartedTest(OwnDaemonTestCase):
@@ -3318,7 +3321,7 @@ class ProcessTest(OwnDaemonTestCase):
         a.__exit__()
         daemon.await_log("disconnected")
         log = daemon.stop()
-        for text in (f"{a.name} > user hass", f"{a.name} < +OK", f"{a.name} (hass) > pass ***",
+        for text in (f"{a.name} > user hass", f"{a.name} < {OK}", f"{a.name} (hass) > pass ***",
                      f"{a.name} (hass) > chid", f"{a.name} (hass) < 0",
                      "hass      * 0C140400  INFORMATION OFF (20.4)         host p3     00 01"
                      "        index 0, zone 1",
@@ -3568,7 +3571,7 @@ class ReadmeTest(OwnDaemonTestCase):
         skipping, deadline = False, time.monotonic() + SHORT_TIMEOUT
         for line in map(self.normal, shown):
             heard = line if line == "..." else self.normal(read_line())
-            while (heard != line and (skipping or heard == "+OK") and heard[0] != "("
+            while (heard != line and (skipping or heard == SIGN_OF_LIFE) and heard[0] != "("
                    and time.monotonic() < deadline):
                 heard = self.normal(read_line())
             self.assertEqual(heard, line)
@@ -3906,7 +3909,7 @@ class SendersTest(KernelTestCase):
             a.send(*[send_line(7)] * 400)
             a.expect(*["+OK"] * 50)
             go()
-            sent = 50 + [a.read_line() for _ in range(350)].count("+OK")
+            sent = 50 + [a.read_line() for _ in range(350)].count(OK)
             come()
             self.await_state(a, "OK")
             counts = [len(self.retrieve(peer)) for peer in (a, b, c)]
@@ -3941,7 +3944,7 @@ class InterfaceTest(KernelTestCase):
             b.say(f'info | 4,{code},0,"{trouble}" | +OK')
             self.connect(os.strerror(code))
             with idle(self.daemon):         # while a client in the receive loop hears nothing
-                a.expect("+OK", "+OK")
+                self.assertEqual([a.read_line(), a.read_line()], [SIGN_OF_LIFE] * 2)
             come()
             self.await_state(b, "OK")
             self.node().send(1, 2)
@@ -4206,7 +4209,7 @@ class SerialLineTest(KernelTestCase):
         start = time.monotonic()
         a.send(*(send_line(1, number) for number in range(14)))
         sent = 0
-        while a.read_line() == "+OK":
+        while a.read_line() == OK:
             sent += 1
         self.assertGreaterEqual(sent, 5)                    # what waits for the adapter
         with idle(self.daemon):
@@ -4281,7 +4284,7 @@ class UnderWayTest(KernelTestCase):
 
     def await_sent(self, peer: Peer, command: str) -> None:
         """Give this command until it is done."""
-        until(lambda: peer.ask(command) == ["+OK"], lambda: peer.heard[-1], SHORT_TIMEOUT)
+        until(lambda: peer.ask(command) == [OK], lambda: peer.heard[-1], SHORT_TIMEOUT)
 
     def test_sender_leaves(self) -> None:
         self.netem("delay 100ms")
@@ -4662,7 +4665,7 @@ def try_line(peer: Peer, line: bytes, number: int) -> bool:
         return False
     peer.expect("+OK")
     finals = [text for text in lines if text[:3] in ("+OK", "-OK")]
-    if len(finals) != 3 or finals[1:] != ["+OK", "+OK"] or lines[-1] != marker:
+    if len(finals) != 3 or finals[1:] != [OK, OK] or lines[-1] != marker:
         raise AssertionError(f"to {line!r}, QUITLOOP, SGID it said {lines}")
     return True
 
@@ -4673,7 +4676,7 @@ def check_events(watcher: Peer, peer: Peer, number: int) -> None:
     line = ""
     while not re.fullmatch(f"0,511,255,.*:0,{number_text(number)}", line):
         line = watcher.read_line()
-        if line != "+OK":
+        if line != SIGN_OF_LIFE:
             assert EVENT_LINE.fullmatch(line), f"not an event: {line!r}"
             can_id, data, _ = uvscpd.parse_event(line)
             fields = [can_id >> 21 & 0xF0, can_id >> 16 & 0x1FF, can_id >> 8 & 0xFF]

@@ -22,7 +22,7 @@ A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
     VSCP events between TCP clients and a CAN bus; HELP lists the commands.
     +OK - Success, connected to :virtual:
     send 96,20,3,0,,0,-,0,1,35
-    +OK
+    +OK - Success.
     quit
     +OK - bye
 
@@ -1558,7 +1558,8 @@ class Bus:
 MAX_LINE = 512                  # characters in a command line; the C uvscpd has 320, too few for a
                                 # Level II event with a long datetime
 NOT_TEXT = bytes(b for b in range(256) if b != 0x0A and not 0x20 <= b <= 0x7E)
-SIGN_OF_LIFE_S = 2.0            # a lone +OK this often inside the receive loop
+SIGN_OF_LIFE = "+OK\r\n"        # in the receive loop; other than any reply
+SIGN_OF_LIFE_S = 2.0            # how often
 # node-vscp-tcp loses events that it reads together with RCVLOOP's +OK. Measured: sent at
 # once, half are lost; 20 ms later, none.
 RCVLOOP_PAUSE_S = 0.05
@@ -1719,7 +1720,7 @@ class Client:
             # (else it would be taken for the reply that is due)
             self.sign_at = now + SIGN_OF_LIFE_S
             if not self.output:
-                self.write(OK)
+                self.write(SIGN_OF_LIFE)
         # turn() also sends: epoll reports room only when a third of the send buffer is free.
         self.turn()
         if self.login_by <= now and self.resume_at <= now and not self.closed:
@@ -1980,14 +1981,13 @@ CAPABILITIES = 1 << 15 | 1 << 5 | 1 << 3    # WCYD: TCP server, IPv4, several co
 CAPABILITY_IPV6 = 1 << 6
 # Spaces that people and programs put into a list: after commas, and between date and time of day.
 LIST_SPACES = r"(?<=,) +|(?<=\d{4}-\d\d-\d\d) +(?=\d\d:)"
-
-
-OK = "+OK\r\n"                  # the reply without data, and the sign of life
+# The VSCP specification's text. Scripts of the VSCP project wait for it, up to 12 s per command.
+SUCCESS = "+OK - Success.\r\n"
 
 
 def ok(*lines: str, text: str = "") -> str:
     """A good reply: data lines, then the final `+OK` line."""
-    final = f"+OK - {text}\r\n" if text else OK
+    final = f"+OK - {text}\r\n" if text else SUCCESS
     return "\r\n".join((*lines, final)) if lines else final
 
 
@@ -2451,7 +2451,7 @@ class SendQueue:
         self.sent_at = self.daemon.now
         self.daemon.reader.stop_gathering()
         if not self.waiting and self.has_sent(client, can_id, data):
-            return OK
+            return SUCCESS
         self.waiting[client] = can_id, data, self.daemon.now + SEND_WAIT_S
         self.daemon.soon(self.refuse_at)
         client.pause(NEVER)
@@ -2477,7 +2477,7 @@ class SendQueue:
                 continue
             can_id, data, _ = self.waiting[client]
             try:
-                reply = OK if self.has_sent(client, can_id, data) else ""
+                reply = SUCCESS if self.has_sent(client, can_id, data) else ""
             except VscpError as error:
                 reply = refusal(error)
             if not reply:
