@@ -22,7 +22,7 @@ A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
     VSCP events between TCP clients and a CAN bus; HELP lists the commands.
     +OK - Success, connected to :virtual:
     send 96,20,3,0,,0,-,0,1,35
-    +OK
+    +OK - Success.
     quit
     +OK - bye
 
@@ -210,6 +210,8 @@ def traceback_text(error: BaseException) -> str:
 # The fields of commands and events, from text to values and back.
 
 GUID_ZERO = bytes(16)
+GUID_FILLING = {"-:": b"\0", "*:": b"\xFF"}     # how a GUID begins: what stands before its bytes
+UNSURE_GUID = ":: means FF in some VSCP programs and zeros in others, write *: or -: instead"
 
 
 def parse_number(text: str, limit: int, what: str) -> int:
@@ -231,17 +233,51 @@ def parse_number(text: str, limit: int, what: str) -> int:
     return value
 
 
-def parse_guid(text: str) -> bytes:
-    """The 16 bytes of a GUID written as 16 hexadecimal numbers between colons.
+def guid_bytes(text: str) -> bytes:
+    """The bytes of a GUID, or of the beginning of one, in hexadecimal digits.
 
-    Raises VscpError unless there are 16 fields of one or two digits.
+    The forms are those of the VSCP specification (Globally Unique Identifiers):
 
-    >>> parse_guid("0:0:0:0:0:0:0:0:0:0:0:0:0:0:1:fe").hex()
-    '000000000000000000000000000001fe'
+        0:1:2:3:4:5:6:7:8:9:A:B:C:D:E:F         one or two digits per byte
+        FFFFFFFF-FFFF-FFFF-0102-03AABB440130    groups of bytes with two digits each
+        -:1:2                                   16 bytes, zeros before those given
+        *:1:2                                   16 bytes, FF before those given
+        -                                       16 zeros
+        {...}                                   any of these
+
+    Bytes and groups stand between colons or dashes. Raises VscpError for all else. Among it
+    are groups of 3, 5 or more digits, as it is not sure where their bytes begin; and `::1:2`,
+    which one library of the VSCP project fills with FF, as the specification says, and
+    another one with zeros.
+
+    >>> guid_bytes("01-0203:4:abcd").hex(), guid_bytes("{-:1}") == bytes(15) + b"\\1"
+    ('01020304abcd', True)
     """
-    if not re.fullmatch("[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{1,2}){15}", text):
+    text = text[1:-1] if text[:1] == "{" and text[-1:] == "}" else text
+    if text == "-":
+        return GUID_ZERO
+    if text.startswith("::"):
+        raise VscpError(UNSURE_GUID)
+    filling = GUID_FILLING.get(text[:2], b"")
+    groups = re.split("[:-]", text[2:] if filling else text)
+    if not all(re.fullmatch("[0-9a-fA-F]|([0-9a-fA-F]{2})+", group) for group in groups):
         raise VscpError("Invalid GUID")
-    return bytes(int(field, 16) for field in text.split(":"))
+    given = b"".join([bytes.fromhex(group.zfill(2)) for group in groups])
+    return filling * (16 - len(given)) + given
+
+
+def parse_guid(text: str) -> bytes:
+    """The 16 bytes of a GUID in one of the forms of guid_bytes, which must make so many.
+
+    Raises VscpError otherwise.
+
+    >>> parse_guid("*:1:fe").hex()
+    'ffffffffffffffffffffffffffff01fe'
+    """
+    guid = guid_bytes(text)
+    if len(guid) != 16:
+        raise VscpError("Invalid GUID")
+    return guid
 
 
 def format_guid(guid: bytes) -> str:
@@ -262,9 +298,24 @@ def client_guid(base: bytes, channel_id: int) -> bytes:
     return base if len(base) == 16 else base + channel_id.to_bytes(2, "big") + bytes(2)
 
 
-def parse_event_guid(text: str) -> bytes:
-    """As parse_guid; an empty text or `-` is the GUID of all zeros."""
-    return GUID_ZERO if text in ("", "-") else parse_guid(text)
+def parse_nickname(text: str) -> int:
+    """The last byte of a GUID in SEND, which is all that CAN carries of it; 0 for an empty one.
+
+    So here `::` is allowed, too, if a byte follows it: what it stands for does not count.
+
+    >>> parse_nickname("::12:fe"), parse_nickname("-"), parse_nickname("")
+    (254, 0, 0)
+    """
+    return parse_guid(text.replace("::", "-:", 1))[15] if text else 0
+
+
+@lru_cache(maxsize=4096)
+def is_guid(text: str) -> bool:
+    """Whether a field of SEND is a GUID; an empty one is none."""
+    try:
+        return bool(text) and parse_nickname(text) >= 0
+    except VscpError:
+        return False
 
 
 # =============================================================================
@@ -327,8 +378,25 @@ def parse_id(head: str, vscp_class: str, vscp_type: str, guid: str) -> "tuple[in
     """
     number = parse_number(vscp_class, 1023, "class")
     can_id = pack_id(parse_number(head, 0xFFFF, "head"), number,
-                     parse_number(vscp_type, 255, "type"), parse_event_guid(guid)[15])
+                     parse_number(vscp_type, 255, "type"), parse_nickname(guid))
     return can_id, number > 511
+
+
+def with_datetime(fields: "list[str]") -> "list[str]":
+    """The fields of an event, with an empty datetime if that has been left out.
+
+    VSCP's C and Perl programs before 2016 and its Python packages of 2026 write
+    `head,class,type,obid,timestamp,GUID,data...`: the sixth field is a GUID, and the
+    seventh, if there is one, is none. Without data the seventh is missing or, for a comma
+    at the end, empty.
+
+    >>> with_datetime("96,20,3,0,4711,-,7".split(","))
+    ['96', '20', '3', '0', '', '4711', '-', '7']
+    """
+    sixth, seventh = (*fields[5:7], "", "")[:2]
+    if is_guid(seventh) or not is_guid(sixth):
+        return fields
+    return [*fields[:4], "", *fields[4:]]
 
 
 def parse_event(text: str) -> "tuple[int, bytes, bytes]":
@@ -336,20 +404,27 @@ def parse_event(text: str) -> "tuple[int, bytes, bytes]":
 
     And the GUID of the interface that it is meant for: the first 16 data bytes of a
     class from 512 on, which is a Level I event mirrored as Level II; else empty.
-    obid, datetime and timestamp are ignored, as CAN carries none of them. A comma at
-    the end is no data byte: VSCP's Arduino client ends events without data so. Raises
-    VscpError when a field is missing, malformed or out of range.
+    obid, datetime and timestamp are ignored, as CAN carries none of them, and datetime
+    may be left out. A comma at the end is no data byte: VSCP's Arduino client ends
+    events without data so. Raises VscpError when a field is missing, malformed or out of
+    range.
 
     >>> can_id, data, _ = parse_event("96,20,3,0,,0,-,0,1,0x23")
     >>> f"{can_id:08X}#{data.hex()}"
     '0C140300#000123'
     """
     fields = text.split(",")
+    if len(fields) < 8:                     # no data, or one byte without datetime
+        fields = with_datetime(fields)
     if len(fields) < 7:
         raise VscpError("an event is head,class,type,obid,datetime,timestamp,GUID,data...")
     if not fields[-1] and len(fields) > 7:
         del fields[-1]
-    can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
+    try:
+        can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
+    except VscpError:
+        fields = with_datetime(fields)
+        can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
     try:
         data = bytes([BYTE_VALUE[field] for field in fields[7:]])
     except KeyError:
@@ -448,18 +523,23 @@ FILTER_ALL = (0, 0, 0, GUID_ZERO)
 def parse_filter(text: str, what: str) -> "Filter":
     """The filter or mask `priority,class,type,GUID`; `what` is the word for it.
 
-    Raises VscpError when it is not one. Real clients give masks of 0xFFFF for
-    the type, too.
+    A fifth field, the number of a filter, is not used: a client has one. The GUID may be
+    empty. Raises VscpError when it is not one. Real clients give masks of 0xFFFF for the
+    type, too.
 
     >>> parse_filter("0,0x1FF,0,-", "mask")[:3]
     (0, 511, 0)
     """
     try:
-        priority, vscp_class, vscp_type, guid = text.split(",")
+        fields = text.split(",")
+        if len(fields) == 5:
+            parse_number(fields.pop(), sys.maxsize, "filter number")
+        priority, vscp_class, vscp_type, guid = fields
         return (parse_number(priority, 0xFF, "priority"), parse_number(vscp_class, 0xFFFF, "class"),
-                parse_number(vscp_type, 0xFFFF, "type"), parse_event_guid(guid))
+                parse_number(vscp_type, 0xFFFF, "type"), parse_guid(guid or "-"))
     except (ValueError, VscpError):
-        raise VscpError(f"format error in {what} frame") from None
+        raise VscpError(f"format error in {what} frame"
+                        + f": {UNSURE_GUID}" * ("::" in text)) from None
 
 
 def make_view(wanted: "Filter", mask: "Filter", guid: bytes) -> "View":
@@ -1485,7 +1565,8 @@ class Bus:
 MAX_LINE = 512                  # characters in a command line; the C uvscpd has 320, too few for a
                                 # Level II event with a long datetime
 NOT_TEXT = bytes(b for b in range(256) if b != 0x0A and not 0x20 <= b <= 0x7E)
-SIGN_OF_LIFE_S = 2.0            # a lone +OK this often inside the receive loop
+SIGN_OF_LIFE = "+OK\r\n"        # in the receive loop; other than any reply
+SIGN_OF_LIFE_S = 2.0            # how often
 # node-vscp-tcp loses events that it reads together with RCVLOOP's +OK. Measured: sent at
 # once, half are lost; 20 ms later, none.
 RCVLOOP_PAUSE_S = 0.05
@@ -1646,7 +1727,7 @@ class Client:
             # (else it would be taken for the reply that is due)
             self.sign_at = now + SIGN_OF_LIFE_S
             if not self.output:
-                self.write(OK)
+                self.write(SIGN_OF_LIFE)
         # turn() also sends: epoll reports room only when a third of the send buffer is free.
         self.turn()
         if self.login_by <= now and self.resume_at <= now and not self.closed:
@@ -1901,18 +1982,19 @@ class Client:
 # lists the rows in this order. The function takes the client and the arguments, and
 # returns the whole reply or raises VscpError; "" is a reply that comes later. How many
 # arguments it may get follows from its signature; `*arguments` is any number. A comma
-# in the row's arguments means that they are one list: spaces after its commas are allowed.
+# in the row's arguments means that they are one list, in which some spaces are allowed.
 
 CAPABILITIES = 1 << 15 | 1 << 5 | 1 << 3    # WCYD: TCP server, IPv4, several connections
 CAPABILITY_IPV6 = 1 << 6
-
-
-OK = "+OK\r\n"                  # the reply without data, and the sign of life
+# Spaces that people and programs put into a list: after commas, and between date and time of day.
+LIST_SPACES = r"(?<=,) +|(?<=\d{4}-\d\d-\d\d) +(?=\d\d:)"
+# The VSCP specification's text. Scripts of the VSCP project wait for it, up to 12 s per command.
+SUCCESS = "+OK - Success.\r\n"
 
 
 def ok(*lines: str, text: str = "") -> str:
     """A good reply: data lines, then the final `+OK` line."""
-    final = f"+OK - {text}\r\n" if text else OK
+    final = f"+OK - {text}\r\n" if text else SUCCESS
     return "\r\n".join((*lines, final)) if lines else final
 
 
@@ -1981,7 +2063,7 @@ def run_command(client: Client, line: str) -> str:
         if client.user.privilege < row.privilege:
             raise VscpError("Need to log in to perform this command.")
         if len(arguments) > row.most and row.takes_list:
-            arguments = re.sub(", +", ",", " ".join(arguments)).split()
+            arguments = re.sub(LIST_SPACES, "", " ".join(arguments)).split()
         if not row.least <= len(arguments) <= row.most:
             raise VscpError("wrong number of arguments"
                             + f", expected {row.usage}" * row.takes_list)
@@ -2073,13 +2155,10 @@ def do_wcyd(client: Client) -> str:
 
 
 @command("interface client", 0, "[list]", "list the interfaces")
-def do_interface(client: Client, action: str = "list", *more: str) -> str:
+def do_interface(client: Client, action: str = "list", *_more: str) -> str:
     if action.lower() in ("close", "unique", "normal"):
         raise VscpError(ONLY_FULL_DAEMON)
-    if more:
-        raise VscpError("wrong number of arguments")
-    if action.lower() != "list":
-        raise VscpError("interface knows only LIST")
+    # All other words are ignored (VSCP specification, TCP/IP link protocol).
     # Number, type, GUID, name. The types are the VSCP daemon's: 2 a Level I driver, 4 a client.
     daemon = client.daemon
     lines = [f"0,2,{format_guid(client.interface_guid)},{daemon.bus.name}|"
@@ -2171,14 +2250,17 @@ def do_quitloop(client: Client) -> str:
 @command("send", 4, "head,class,type,obid,datetime,timestamp,GUID,data...", "send an event")
 def do_send(client: Client, text: str) -> str:
     can_id, data, interface = parse_event(text)
-    if interface and interface[:14] not in (client.guid[:14], client.interface_guid[:14]):
+    # 14 zeros are this interface, too: VSCP Works writes them when it looks for nodes.
+    if interface and interface[:14] not in (
+            client.guid[:14], client.interface_guid[:14], GUID_ZERO[:14]):
         raise VscpError("no interface with this GUID here")
     return client.daemon.queue.send(client, can_id, data)
 
 
-@command("sgid setguid", 6, "GUID", "set the GUID of this client")
+@command("sgid setguid", 6, "GUID", "set the GUID of this client; -: the one it had at first")
 def do_sgid(client: Client, text: str) -> str:
-    client.guid = parse_guid(text)
+    first_guid = client_guid(client.daemon.options.guid, client.channel_id)
+    client.guid = first_guid if text == "-" else parse_guid(text)
     client.set_view()
     return ok()
 
@@ -2228,8 +2310,8 @@ def do_unsupported(_client: Client, *_arguments: str) -> str:
 # changes, and twice a second.
 #
 # What waits (SendQueue, and times):
-#     a SEND, for room on the bus        until poll reports it or for 10 ms; refused after 1 s
-#                                        in which the bus took nothing
+#     a SEND, for room on the bus        until poll reports it or for 10 ms; refused 1.4 s after
+#                                        its line was run
 #     a sign of life, a late answer,     for tick(), which looks at everything that has a time,
 #     a close, a check of the bus        twice a second or sooner (soon)
 
@@ -2239,7 +2321,9 @@ AT_ONCE_S = 0.001               # "again at once"
 BUSY_FRAMES, BUSY_S = 8, 0.02   # so many frames within this time: the bus is busy, ...
 GATHER_S = 0.005                # ... and is read this often, ...
 QUIET_S = 0.02                  # ... but not this soon after a SEND: its client waits for an answer
-SEND_WAIT_S = 1.0               # SENDs give up when the bus has taken no frame for so long
+# A SEND is refused if it has found no room for so long. VSCP's C++ programs wait 2 s, and take an
+# answer that comes later for that of their next command. 0.1 s is for a long turn of the loop.
+SEND_WAIT_S = 1.4
 STOPPING_S = 0.5                # for last replies when the daemon ends
 MAX_LEAVING = 100               # connections that linger at the same time
 
@@ -2348,17 +2432,23 @@ class SendQueue:
     """Takes the clients' SENDs to the bus; those that find no room wait here as frames.
 
     A client has at most one here, as none of its lines runs meanwhile. The first one
-    stays the first until it has been sent, and they give up together: when the bus has
-    taken no frame for a second.
+    stays the first until it has been sent or its time is over. That is the earliest, as
+    they stand here in the order in which their lines were run. The time of a line that a
+    client has sent ahead counts from there, too: before that, it has not been read.
     """
 
     def __init__(self, daemon: "Daemon") -> None:
         self.daemon = daemon
-        self.waiting: dict[Client, tuple[int, bytes]] = {}      # CAN id and data, in order
+        # CAN id and data of the frame, and when it is refused.
+        self.waiting: dict[Client, tuple[int, bytes, float]] = {}
         self.no_room_text = ""              # why they wait
         self.retry_at = NEVER               # by then, or when poll reports room
-        self.give_up_at = NEVER             # if the bus takes nothing until then
         self.sent_at = 0.0                  # the last SEND
+
+    @property
+    def refuse_at(self) -> float:
+        """When the first one that waits is refused."""
+        return next(iter(self.waiting.values()))[2] if self.waiting else NEVER
 
     def send(self, client: Client, can_id: int, data: bytes) -> str:
         """Send a frame; returns the reply, or "" if it waits: then the client is answered later.
@@ -2368,8 +2458,9 @@ class SendQueue:
         self.sent_at = self.daemon.now
         self.daemon.reader.stop_gathering()
         if not self.waiting and self.has_sent(client, can_id, data):
-            return OK
-        self.waiting[client] = can_id, data
+            return SUCCESS
+        self.waiting[client] = can_id, data, self.daemon.now + SEND_WAIT_S
+        self.daemon.soon(self.refuse_at)
         client.pause(NEVER)
         self.watch()
         return ""
@@ -2381,9 +2472,6 @@ class SendQueue:
         except NoRoom as full:
             self.no_room_text = str(full)
             self.retry_at = self.daemon.now + full.retry_s
-            if self.give_up_at == NEVER:
-                self.give_up_at = self.daemon.now + SEND_WAIT_S
-                self.daemon.soon(self.give_up_at)
             return False
         client.on_sent(len(data))
         return True
@@ -2394,25 +2482,25 @@ class SendQueue:
         for client in list(self.waiting):
             if client not in self.waiting:      # the turn of another one has closed it
                 continue
+            can_id, data, _ = self.waiting[client]
             try:
-                reply = OK if self.has_sent(client, *self.waiting[client]) else ""
+                reply = SUCCESS if self.has_sent(client, can_id, data) else ""
             except VscpError as error:
                 reply = refusal(error)
             if not reply:
                 break
             del self.waiting[client]
-            self.give_up_at = self.daemon.now + SEND_WAIT_S
             client.resume(reply)
         self.watch()
 
     def tick(self) -> None:
         """Refuse what has waited too long."""
-        if self.give_up_at <= self.daemon.now:
-            waiting, self.waiting = self.waiting, {}
-            self.watch()
-            for client in waiting:
-                client.resume(refusal(self.no_room_text))
-        self.daemon.soon(self.give_up_at)
+        while self.refuse_at <= self.daemon.now:
+            client = next(iter(self.waiting))
+            del self.waiting[client]
+            client.resume(refusal(self.no_room_text))
+        self.watch()
+        self.daemon.soon(self.refuse_at)
 
     def forget(self, client: Client) -> None:
         """The client is gone."""
@@ -2422,7 +2510,7 @@ class SendQueue:
     def watch(self) -> None:
         """Have the selector watch the bus for room, if somebody waits and poll can tell."""
         if not self.waiting:
-            self.give_up_at = self.retry_at = NEVER
+            self.retry_at = NEVER
         room_wanted = bool(self.waiting) and self.retry_at == NEVER
         if self.daemon.bus.out:
             self.daemon.selector.watch(self.daemon.bus.out, WRITE * room_wanted, self.on_room)
@@ -2786,23 +2874,22 @@ class Systemd:
 # What an event says, for people who watch the bus with -d: from a frame to one line
 # of printable ASCII. The protocol needs none of it, so the tables stay text until
 # one is first looked at. To name an event, add it to EVENT_NAMES; to show what its
-# data says, add a row to PROTOCOL_DATA (class 0), a note to its name, or a case to
-# event_meaning.
+# data says, add a note to its name, a row to EVENT_DATA, or a case to event_meaning.
 
-# The names of each list are numbered from 0; a number is that of the next name. In the list
-# MEASUREMENT, whose types classes 60, 65, 70 and 85 have, too, `TEMPERATURE=K,C,F` gives the units
-# 0, 1 and 2, where they are sure. In all others, `ALARM=alarm`: data byte 0 is the alarm, byte 1
-# the zone, byte 2 the sub-zone; `GENERAL=-`: the data has no zones. A type without `=` has what
-# its class has.
+# The names of each list are numbered from 0; a number is that of the next name. In the lists
+# MEASUREMENT and DATA, `TEMPERATURE=K,C,F` gives the units 0, 1 and 2, where they are sure. In all
+# others, `ALARM=alarm`: data byte 0 is the alarm, byte 1 the zone, byte 2 the sub-zone;
+# `GENERAL=-`: the data has no zones. A type without `=` has what its class has.
 # Sources: vscp-class.h and vscp-type.h of the VSCP project; VSCP specification, page of each class.
 EVENT_NAMES = """
 CLASS: PROTOCOL ALARM=state SECURITY=data 10 MEASUREMENT MEASUREMENTX1 MEASUREMENTX2 MEASUREMENTX3
-    MEASUREMENTX4 DATA 20 INFORMATION=index 30 CONTROL=index 40 MULTIMEDIA 50 AOL 60 MEASUREMENT64
-    MEASUREMENT64X1 MEASUREMENT64X2 MEASUREMENT64X3 MEASUREMENT64X4 MEASUREZONE MEASUREZONEX1
-    MEASUREZONEX2 MEASUREZONEX3 MEASUREZONEX4 MEASUREMENT32 MEASUREMENT32X1 MEASUREMENT32X2
-    MEASUREMENT32X3 MEASUREMENT32X4 85 SETVALUEZONE SETVALUEZONEX1 SETVALUEZONEX2 SETVALUEZONEX3
-    SETVALUEZONEX4 WEATHER 95 WEATHER_FORECAST 100 PHONE 102 DISPLAY 110 IR 120 CONFIGURATION 206
-    GNSS 212 WIRELESS 506 DIAGNOSTIC 508 ERROR LOG LABORATORY LOCAL
+    MEASUREMENTX4 DATA 20 INFORMATION=index 30 CONTROL=index 40 MULTIMEDIA=value 50 AOL=index
+    60 MEASUREMENT64 MEASUREMENT64X1 MEASUREMENT64X2 MEASUREMENT64X3 MEASUREMENT64X4 MEASUREZONE
+    MEASUREZONEX1 MEASUREZONEX2 MEASUREZONEX3 MEASUREZONEX4 MEASUREMENT32 MEASUREMENT32X1
+    MEASUREMENT32X2 MEASUREMENT32X3 MEASUREMENT32X4 85 SETVALUEZONE SETVALUEZONEX1 SETVALUEZONEX2
+    SETVALUEZONEX3 SETVALUEZONEX4 WEATHER=index 95 WEATHER_FORECAST=index 100 PHONE 102
+    DISPLAY=index 110 IR 120 CONFIGURATION=index 206 GNSS 212 WIRELESS 506 DIAGNOSTIC=index 508
+    ERROR=index LOG LABORATORY LOCAL
 PROTOCOL: GENERAL SEGCTRL_HEARTBEAT NEW_NODE_ONLINE PROBE_ACK RESERVED4 RESERVED5 SET_NICKNAME
     NICKNAME_ACCEPTED DROP_NICKNAME READ_REGISTER RW_RESPONSE WRITE_REGISTER ENTER_BOOT_LOADER
     ACK_BOOT_LOADER NACK_BOOT_LOADER START_BLOCK BLOCK_DATA BLOCK_DATA_ACK BLOCK_DATA_NACK
@@ -2824,22 +2911,23 @@ SECURITY: GENERAL=- MOTION GLASS_BREAK BEAM_BREAK SENSOR_TAMPER SHOCK_SENSOR SMO
     GAS_SENSOR IN_MOTION_DETECTED NOT_IN_MOTION_DETECTED VIBRATION_DETECTED
 MEASUREMENT: GENERAL COUNT LENGTH=m MASS=kg TIME=s,ms ELECTRIC_CURRENT=A TEMPERATURE=K,C,F
     AMOUNT_OF_SUBSTANCE=mol INTENSITY_OF_LIGHT=cd FREQUENCY=Hz RADIOACTIVITY=Bq,Ci FORCE=N
-    PRESSURE=Pa,bar,psi ENERGY=J,kWh,Wh,eV POWER=W ELECTRICAL_CHARGE=C ELECTRICAL_POTENTIAL=V
-    ELECTRICAL_CAPACITANCE=F ELECTRICAL_RESISTANCE=ohm ELECTRICAL_CONDUCTANCE=S
-    MAGNETIC_FIELD_STRENGTH=A/m,Oe MAGNETIC_FLUX=Wb MAGNETIC_FLUX_DENSITY=T,G INDUCTANCE=H
-    FLUX_OF_LIGHT=lm ILLUMINANCE=lx RADIATION_DOSE_ABSORBED=Gy CATALYTIC_ACITIVITY=kat
-    VOLUME=m3,l,ml,dl SOUND_INTENSITY=W/m2 ANGLE=rad,deg,arcmin,arcsec POSITION SPEED=m/s,km/h,mph
-    ACCELERATION=m/s2 TENSION=N/m HUMIDITY=% FLOW=m3/s,l/s THERMAL_RESISTANCE=K/W
-    REFRACTIVE_POWER=dpt DYNAMIC_VISCOSITY=Pa*s,Pl,P SOUND_IMPEDANCE=Pa*s/m
-    SOUND_RESISTANCE=Pa*s/m3 ELECTRIC_ELASTANCE=1/F LUMINOUS_ENERGY=lm*s LUMINANCE=cd/m2
+    PRESSURE=Pa,bar,psi ENERGY=J,kWh,Wh,eV POWER=W,hp(M),hp(I) ELECTRICAL_CHARGE=C
+    ELECTRICAL_POTENTIAL=V ELECTRICAL_CAPACITANCE=F ELECTRICAL_RESISTANCE=ohm
+    ELECTRICAL_CONDUCTANCE=S MAGNETIC_FIELD_STRENGTH=A/m,Oe MAGNETIC_FLUX=Wb
+    MAGNETIC_FLUX_DENSITY=T,G INDUCTANCE=H FLUX_OF_LIGHT=lm ILLUMINANCE=lx
+    RADIATION_DOSE_ABSORBED=Gy CATALYTIC_ACITIVITY=kat VOLUME=m3,l,ml,dl SOUND_INTENSITY=W/m2
+    ANGLE=rad,deg,arcmin,arcsec POSITION=longitude,latitude SPEED=m/s,km/h,mph ACCELERATION=m/s2
+    TENSION=N/m HUMIDITY=% FLOW=m3/s,l/s THERMAL_RESISTANCE=K/W REFRACTIVE_POWER=dpt
+    DYNAMIC_VISCOSITY=Pa*s,Pl,P SOUND_IMPEDANCE=Pa*s/m SOUND_RESISTANCE=Pa*s/m3
+    ELECTRIC_ELASTANCE=1/F LUMINOUS_ENERGY=lm*s LUMINANCE=cd/m2
     CHEMICAL_CONCENTRATION_MOLAR=mol/m3,ppm,% CHEMICAL_CONCENTRATION_MASS=kg/m3 RESERVED47
     RESERVED48 DEWPOINT=K,C,F RELATIVE_LEVEL ALTITUDE=m,ft,in AREA=m2,a,ha,km2
-    RADIANT_INTENSITY=W/sr RADIANCE=W/sr/m2 IRRADIANCE=W/m2 SPECTRAL_RADIANCE
-    SPECTRAL_IRRADIANCE=W/m2/nm,W/m3,W/m2/Hz SOUND_PRESSURE=Pa SOUND_DENSITY SOUND_LEVEL=dB
-    DOSE_EQVIVALENT=Sv,rem RADIATION_DOSE_EXPOSURE=C/kg,R POWER_FACTOR REACTIVE_POWER=var
-    REACTIVE_ENERGY=kvarh
-DATA: GENERAL IO AD DA RELATIVE_STRENGTH SIGNAL_LEVEL SIGNAL_QUALITY
-INFORMATION: GENERAL=- BUTTON=state MOUSE=mode ON OFF ALIVE TERMINATING OPENED CLOSED
+    RADIANT_INTENSITY=W/sr RADIANCE=W/sr/m2 IRRADIANCE=W/m2
+    SPECTRAL_RADIANCE=W/sr/m2/nm,W/sr/m3,W/sr/m2/Hz SPECTRAL_IRRADIANCE=W/m2/nm,W/m3,W/m2/Hz
+    SOUND_PRESSURE=Pa SOUND_DENSITY=Pa SOUND_LEVEL=dB DOSE_EQVIVALENT=Sv,rem
+    RADIATION_DOSE_EXPOSURE=C/kg,R POWER_FACTOR REACTIVE_POWER=var REACTIVE_ENERGY=kvarh
+DATA: GENERAL IO AD DA RELATIVE_STRENGTH=,dB,dBV SIGNAL_LEVEL=% SIGNAL_QUALITY=%,,dBm
+INFORMATION: GENERAL=- BUTTON MOUSE=mode ON OFF ALIVE TERMINATING OPENED CLOSED
     NODE_HEARTBEAT BELOW_LIMIT ABOVE_LIMIT PULSE ERROR RESUMED PAUSED SLEEP GOOD_MORNING GOOD_DAY
     GOOD_AFTERNOON GOOD_EVENING GOOD_NIGHT SEE_YOU_SOON GOODBYE STOP START RESET_COMPLETED
     INTERRUPTED PREPARING_TO_SLEEP WOKEN_UP DUSK DAWN ACTIVE INACTIVE BUSY IDLE STREAM_DATA=-
@@ -2861,30 +2949,98 @@ CONTROL: GENERAL=- MUTE=state ALL_LAMPS=state OPEN CLOSE TURNON TURNOFF START ST
     SHUTTER_MIDDLE SHUTTER_PRESET ALL_LAMPS_ON ALL_LAMPS_OFF LOCK UNLOCK PWM=repeats TOKEN_LOCK
     TOKEN_UNLOCK SET_SECURITY_LEVEL=level SET_SECURITY_PIN SET_SECURITY_PASSWORD SET_SECURITY_TOKEN
     REQUEST_SECURITY_TOKEN INCREMENT DECREMENT
+MULTIMEDIA: GENERAL=- PLAYBACK=function NAVIGATOR_KEY_ENG=key ADJUST_CONTRAST ADJUST_FOCUS
+    ADJUST_TINT ADJUST_COLOUR_BALANCE ADJUST_BRIGHTNESS ADJUST_HUE ADJUST_BASS ADJUST_TREBLE
+    ADJUST_MASTER_VOLUME ADJUST_FRONT_VOLUME ADJUST_CENTRE_VOLUME ADJUST_REAR_VOLUME
+    ADJUST_SIDE_VOLUME RESERVED16=- RESERVED17=- RESERVED18=- RESERVED19=- ADJUST_SELECT_DISK
+    ADJUST_SELECT_TRACK ADJUST_SELECT_ALBUM ADJUST_SELECT_CHANNEL ADJUST_SELECT_PAGE
+    ADJUST_SELECT_CHAPTER ADJUST_SELECT_SCREEN_FORMAT ADJUST_SELECT_INPUT_SOURCE
+    ADJUST_SELECT_OUTPUT RECORD=function SET_RECORDING_VOLUME 40 TIVO_FUNCTION=function 50
+    GET_CURRENT_TITLE=index SET_POSITION=index GET_MEDIA_INFO REMOVE_ITEM REMOVE_ALL_ITEMS=index
+    SAVE_ALBUM 60 CONTROL=code CONTROL_RESPONSE=-
+AOL: GENERAL=- UNPLUGGED_POWER UNPLUGGED_LAN CHASSIS_INTRUSION PROCESSOR_REMOVAL ENVIRONMENT_ERROR
+    HIGH_TEMPERATURE FAN_SPEED VOLTAGE_FLUCTUATIONS OS_ERROR POWER_ON_ERROR SYSTEM_HUNG
+    COMPONENT_FAILURE REBOOT_UPON_FAILURE REPAIR_OPERATING_SYSTEM UPDATE_BIOS_IMAGE
+    UPDATE_DIAGNOSTIC_PROCEDURE
+WEATHER: GENERAL=- SEASONS_WINTER SEASONS_SPRING SEASONS_SUMMER SEASONS_AUTUMN WIND_NONE WIND_LOW
+    WIND_MEDIUM WIND_HIGH WIND_VERY_HIGH AIR_FOGGY AIR_FREEZING AIR_VERY_COLD AIR_COLD AIR_NORMAL
+    AIR_HOT AIR_VERY_HOT AIR_POLLUTION_LOW AIR_POLLUTION_MEDIUM AIR_POLLUTION_HIGH AIR_HUMID AIR_DRY
+    SOIL_HUMID SOIL_DRY RAIN_NONE RAIN_LIGHT RAIN_HEAVY RAIN_VERY_HEAVY SUN_NONE SUN_LIGHT SUN_HEAVY
+    SNOW_NONE SNOW_LIGHT SNOW_HEAVY DEW_POINT STORM FLOOD EARTHQUAKE NUCLEAR_DISASTER FIRE LIGHTNING
+    UV_RADIATION_LOW UV_RADIATION_MEDIUM UV_RADIATION_NORMAL UV_RADIATION_HIGH
+    UV_RADIATION_VERY_HIGH WARNING_LEVEL1 WARNING_LEVEL2 WARNING_LEVEL3 WARNING_LEVEL4
+    WARNING_LEVEL5 ARMAGEDON UV_INDEX
+PHONE: GENERAL INCOMING_CALL OUTGOING_CALL RING=call ANSWER=call HANGUP=call GIVEUP=call
+    TRANSFER=call DATABASE_INFO
+DISPLAY: GENERAL=- CLEAR_DISPLAY POSITION_CURSOR WRITE_DISPLAY WRITE_DISPLAY_BUFFER
+    SHOW_DISPLAY_BUFFER SET_DISPLAY_BUFFER_PARAM=- 32 SHOW_TEXT 48 SET_LED SET_COLOR
+IR: GENERAL RC5 3 SONY12 32 LIRC 48 VSCP MAPITO
+CONFIGURATION: GENERAL=- LOAD LOAD_ACK=- LOAD_NACK=- SAVE SAVE_ACK=- SAVE_NACK=- COMMIT COMMIT_ACK=-
+    COMMIT_NACK=- RELOAD REALOD_ACK=- RELOAD_NACK=- RESTORE RESTORE_ACK=- RESTORE_NACK=- 30
+    SET_PARAMETER SET_PARAMETER_DEFAULT SET_PARAMETER_ACK=- SET_PARAMETER_NACK=-
+GNSS: GENERAL POSITION SATELLITES
+WIRELESS: GENERAL GSM_CELL
+DIAGNOSTIC: GENERAL OVERVOLTAGE UNDERVOLTAGE VBUS_LOW BATTERY_LOW BATTERY_FULL BATTERY_ERROR
+    BATTERY_OK OVERCURRENT CIRCUIT_ERROR SHORT_CIRCUIT OPEN_CIRCUIT MOIST WIRE_FAIL WIRELESS_FAIL
+    IR_FAIL 1WIRE_FAIL RS222_FAIL RS232_FAIL RS423_FAIL RS485_FAIL CAN_FAIL LAN_FAIL USB_FAIL
+    WIFI_FAIL NFC_RFID_FAIL LOW_SIGNAL HIGH_SIGNAL ADC_FAIL ALU_FAIL ASSERT DAC_FAIL DMA_FAIL
+    ETH_FAIL EXCEPTION FPU_FAIL GPIO_FAIL I2C_FAIL I2S_FAIL INVALID_CONFIG MMU_FAIL NMI OVERHEAT
+    PLL_FAIL POR_FAIL PWM_FAIL RAM_FAIL ROM_FAIL SPI_FAIL STACK_FAIL LIN_FAIL UART_FAIL
+    UNHANDLED_INT MEMORY_FAIL VARIABLE_RANGE WDT EEPROM_FAIL ENCRYPTION_FAIL BAD_USER_INPUT
+    DECRYPTION_FAIL NOISE BOOTLOADER_FAIL PROGRAMFLOW_FAIL RTC_FAIL SYSTEM_TEST_FAIL SENSOR_FAIL
+    SAFESTATE SIGNAL_IMPLAUSIBLE STORAGE_FAIL SELFTEST_FAIL ESD_EMC_EMI TIMEOUT LCD_FAIL
+    TOUCHPANEL_FAIL NOLOAD COOLING_FAIL HEATING_FAIL TX_FAIL RX_FAIL EXT_IC_FAIL CHARGING_ON
+    CHARGING_OFF
+ERROR: SUCCESS ERROR 7 CHANNEL FIFO_EMPTY FIFO_FULL FIFO_SIZE FIFO_WAIT GENERIC HARDWARE INIT_FAIL
+    INIT_MISSING INIT_READY NOT_SUPPORTED OVERRUN RCV_EMPTY REGISTER TRM_FULL 28 LIBRARY PROCADDRESS
+    ONLY_ONE_INSTANCE SUB_DRIVER TIMEOUT NOT_OPEN PARAMETER MEMORY INTERNAL COMMUNICATION USER
+    PASSWORD CONNECTION INVALID_HANDLE OPERATION_FAILED BUFFER_SMALL ITEM_UNKNOWN NAME_USED
+    DATA_WRITE ABORTED INVALID_POINTER
+LOG: GENERAL MESSAGE START STOP LEVEL
+LABORATORY: GENERAL
+LOCAL: GENERAL
 """
 
-# Class 0: types, the struct format of the data (`*`: at least one more byte), what it says.
-# Source: VSCP specification, CLASS1.PROTOCOL.
-PROTOCOL_DATA = """
-2,33,35,40 B node {}
-6 BB node {} becomes node {}
-8 B node {}
-8 BB node {} flags {:08b}
-8 BBB node {} flags {:08b} after {} s
-9,29,30 BB node {} register {}
-10 BB register {} = {}
-11 BBB node {} register {} = {}
-24 BBB node {} register {} count {}
-25 BB* node {} register {} = {}
-26 B* frame {}: {}
-27 xBBBB TCP/IP at {}.{}.{}.{}
-28 HBBBBH TCP/IP {1}.{2}.{3}.{4} port {5}, capabilities {0:04X}
-31 B node {}
-37 BHB node {} page {} register {}
-37 BHBB node {} page {} register {} count {}
-38 BHB* node {} page {} register {} = {}
-39 BHB* page {1} register {2} = {3}, frame {0}
+# Class and types, the struct format of the data (`*`: at least one more byte), what it says.
+# Source: VSCP specification, CLASS1.PROTOCOL, CLASS1.GNSS, CLASS1.WIRELESS.
+EVENT_DATA = """
+0.2,33,35,40 B node {}
+0.6 BB node {} becomes node {}
+0.8 B node {}
+0.8 BB node {} flags {:08b}
+0.8 BBB node {} flags {:08b} after {} s
+0.9,29,30 BB node {} register {}
+0.10 BB register {} = {}
+0.11 BBB node {} register {} = {}
+0.12 BBBBBBH node {} algorithm {}, GUID bytes 0 3 5 7: {:X} {:X} {:X} {:X}, page {}
+0.13 II block size {} blocks {}
+0.14 B error {}
+0.15,19,20 I block {}
+0.15 IB block {} memory type {}
+0.15 IBB block {} memory type {} bank {}
+0.17 HI CRC {:04X} block {}
+0.18,21 BI error {} block {}
+0.22 H CRC {:04X}
+0.23 BBBBB frame {}, GUID {:X}:{:X}:{:X}:{:X}
+0.24 BBB node {} register {} count {}
+0.25 BB* node {} register {} = {}
+0.26 B* frame {}: {}
+0.27 xBBBB TCP/IP at {}.{}.{}.{}
+0.28 HBBBBH TCP/IP {1}.{2}.{3}.{4} port {5}, capabilities {0:04X}
+0.31 B node {}
+0.37 BHB node {} page {} register {}
+0.37 BHBB node {} page {} register {} count {}
+0.38 BHB* node {} page {} register {} = {}
+0.39 BHB* page {1} register {2} = {3}, frame {0}
+206.1 ff latitude {:.7g}, longitude {:.7g}
+206.2 B satellites {}
+212.1 I GSM cell {}
 """
+# Classes that have the types of another one's list.
+SAME_TYPES = {60: "MEASUREMENT", 65: "MEASUREMENT", 70: "MEASUREMENT", 85: "MEASUREMENT",
+              95: "WEATHER"}
+BUTTON_STATES = {0: "released", 1: "pressed", 2: "pressed and released"}
+MAX_PLACES = 30                 # of the exponent of a measured value; more is not meant so
 
 
 @lru_cache(maxsize=None)
@@ -2914,11 +3070,11 @@ def names_of(vscp_class: int, vscp_type: int) -> "tuple[str, str, str]":
     Classes 60, 65, 70 and 85 have the types of class 10; those of 11-14, and so of
     61-64 and the like, are further types (VSCP specification, Measurements).
 
-    >>> names_of(65, 6), names_of(20, 3), names_of(90, 3)
-    (('MEASUREZONE', 'TEMPERATURE', 'K,C,F'), ('INFORMATION', 'ON', 'index'), ('WEATHER', '', ''))
+    >>> names_of(65, 6), names_of(20, 3), names_of(11, 3)[:2]
+    (('MEASUREZONE', 'TEMPERATURE', 'K,C,F'), ('INFORMATION', 'ON', 'index'), ('MEASUREMENTX1', ''))
     """
     class_name, class_note = event_names().get(("CLASS", vscp_class), ("", ""))
-    title = "MEASUREMENT" if vscp_class in (60, 65, 70, 85) else class_name
+    title = SAME_TYPES.get(vscp_class, class_name)
     type_name, type_note = event_names().get((title, vscp_type), ("", ""))
     return class_name, type_name, type_note or class_note
 
@@ -2926,8 +3082,8 @@ def names_of(vscp_class: int, vscp_type: int) -> "tuple[str, str, str]":
 def event_name(vscp_class: int, vscp_type: int) -> str:
     """The names of a class and a type, as far as they are known, and their numbers.
 
-    >>> event_name(20, 3), event_name(90, 3), event_name(400, 3)
-    ('INFORMATION ON (20.3)', 'WEATHER (90.3)', '(400.3)')
+    >>> event_name(20, 3), event_name(11, 3), event_name(400, 3)
+    ('INFORMATION ON (20.3)', 'MEASUREMENTX1 (11.3)', '(400.3)')
     """
     class_name, type_name, _ = names_of(vscp_class, vscp_type)
     return " ".join(filter(None, (class_name, type_name, f"({vscp_class}.{vscp_type})")))
@@ -2952,8 +3108,8 @@ def coded_value(coding: int, value: bytes) -> str:
         return "bits " + " ".join(f"{byte:08b}" for byte in value)
     if form == 1 and value:
         return "bytes " + " ".join(map(str, value))
-    if form == 2 and re.fullmatch(b"[-+.0-9eE]+", value):
-        return value.decode()
+    if form == 2 and re.fullmatch(b"[-+.0-9eE]+\0*", value):
+        return value.rstrip(b"\0").decode()
     if form == 3 and value:
         return str(int.from_bytes(value, "big", signed=True))
     if form == 4 and len(value) > 1:
@@ -2967,47 +3123,117 @@ def coded_value(coding: int, value: bytes) -> str:
 def measured(units: str, coding: int, value: bytes) -> str:
     """As coded_value, with the unit (bits 4-3 of the coding): its name, or its number if not 0.
 
+    Bits and bytes have none.
+
     >>> measured("K,C,F", 0x8A, bytes.fromhex("8100D7")), measured("", 0x68, b"\\xFF")
     ('21.5 C', '-1, unit 1')
     """
     text, number = coded_value(coding, value), coding >> 3 & 3
-    known = units.split(",") if units else []
-    if number < len(known):
-        return f"{text} {known[number]}"
-    return f"{text}, unit {number}" if number else text
+    if coding >> 5 < 2:
+        return text
+    unit = (units.split(",") + [""] * 4)[number]
+    return f"{text} {unit}" if unit else f"{text}, unit {number}" if number else text
+
+
+def time_text(coding: int, value: bytes) -> str:
+    """A time that is no number: in unit 2 a date in seven bytes, in unit 3 the text HHMMSS.
+
+    "" for any other. Source: VSCP specification, CLASS1.MEASUREMENT, type 4.
+
+    >>> time_text(0x30, bytes.fromhex("07EA0B16172000")), time_text(0x58, b"233200")
+    ('2026-11-22 23:32:00', '23:32:00')
+    """
+    form, unit = coding >> 5, coding >> 3 & 3
+    if unit == 2 and form != 2 and len(value) == 7:
+        return "{:04}-{:02}-{:02} {:02}:{:02}:{:02}".format(*struct.unpack(">H5B", value))
+    digits = value.rstrip(b"\0").decode("latin-1")
+    if unit == 3 and form == 2 and re.fullmatch("[0-9]{6}", digits):
+        return f"{digits[:2]}:{digits[2:4]}:{digits[4:]}"
+    return ""
+
+
+def zones(data: bytes) -> "list[str]":
+    """Zone and sub-zone, as far as they are there, in words; 255 is all."""
+    return [f"all {word}s" if byte == 255 else f"{word} {byte}"
+            for word, byte in zip(("zone", "sub-zone"), data)]
 
 
 def zone_text(first: str, data: bytes) -> str:
-    """What data bytes 0-2 say, as far as they are there: `first`, zone, sub-zone; 255 is all.
+    """What data bytes 0-2 say, as far as they are there: `first`, zone, sub-zone.
 
     >>> zone_text("level", bytes([50, 1, 255, 7]))
     'level 50, zone 1, all sub-zones'
     """
-    return ", ".join(f"all {word}s" if byte == 255 and word != first else f"{word} {byte}"
-                     for word, byte in zip((first, "zone", "sub-zone"), data))
+    return ", ".join([*(f"{first} {byte}" for byte in data[:1]), *zones(data[1:3])])
 
 
-@lru_cache(maxsize=None)
-def protocol_layout(vscp_type: int, length: int) -> "tuple[struct.Struct, str]":
-    """The row of PROTOCOL_DATA for a type with this many data bytes, or an empty row.
+def measured_in_zone(units: str, data: bytes) -> str:
+    """What the data of a measurement with index, zone and sub-zone before its coding says.
 
-    >>> protocol_layout(38, 6)[1]
+    Some nodes leave the coding out, and the exponent of a normalized integer stands there.
+    What is read then has an exponent that nobody means, so the bytes are shown instead.
+
+    >>> measured_in_zone("K,C,F", bytes.fromhex("010203898100D7"))
+    '21.5 C, sensor 1, index 1, zone 2, sub-zone 3'
+    >>> measured_in_zone("K,C,F", bytes.fromhex("00FFFF826E89"))
+    '82 6E 89?, index 0, all zones, all sub-zones'
+    """
+    coding, value = data[3], data[4:]
+    if coding >> 5 == 4 and value[0] & 0x7F > MAX_PLACES:
+        return f"{hex_text(data[3:])}?, {zone_text('index', data)}"
+    return f"{measured(units, coding, value)}, sensor {coding & 7}, {zone_text('index', data)}"
+
+
+def button_text(data: bytes) -> str:
+    """What the data of BUTTON says: bits 2-0 of byte 0 are the state, bits 7-3 the repeats.
+
+    Source: VSCP specification, CLASS1.INFORMATION, type 1.
+
+    >>> button_text(bytes([0x11, 1, 35, 0, 11]))
+    'pressed, 2 repeats, zone 1, sub-zone 35, code 11'
+    """
+    state, repeats = data[0] & 7, data[0] >> 3
+    parts = [BUTTON_STATES.get(state, f"state {state}")]
+    if repeats:
+        parts.append(counted(repeats, "repeat"))
+    parts += zones(data[1:3])
+    parts += [f"{word} {data[place] << 8 | data[place + 1]}"
+              for word, place in (("code", 3), ("code page", 5)) if len(data) > place + 1]
+    return ", ".join(parts)
+
+
+@lru_cache(maxsize=1024)
+def data_layout(vscp_class: int, vscp_type: int, length: int) -> "tuple[struct.Struct, str]":
+    """The row of EVENT_DATA for a type with this many data bytes, or an empty row.
+
+    >>> data_layout(0, 38, 6)[1]
     'node {} page {} register {} = {}'
     """
-    for row in PROTOCOL_DATA.strip().splitlines():
-        types, form, text = row.split(None, 2)
+    for row in EVENT_DATA.strip().splitlines():
+        event, form, text = row.split(None, 2)
+        number, _, types = event.partition(".")
         layout = struct.Struct(">" + form.rstrip("*"))
         fits = length > layout.size if form.endswith("*") else length == layout.size
-        if fits and str(vscp_type) in types.split(","):
+        if fits and number == str(vscp_class) and str(vscp_type) in types.split(","):
             return layout, text
     return struct.Struct(""), ""
+
+
+def data_meaning(vscp_class: int, vscp_type: int, data: bytes) -> str:
+    """What the data of an event says, by its row of EVENT_DATA.
+
+    >>> data_meaning(0, 11, bytes([5, 16, 42])), data_meaning(206, 2, b"\\7")
+    ('node 5 register 16 = 42', 'satellites 7')
+    """
+    layout, text = data_layout(vscp_class, vscp_type, len(data))
+    return text.format(*layout.unpack_from(data), " ".join(map(str, data[layout.size:])))
 
 
 def protocol_meaning(vscp_type: int, data: bytes) -> str:
     """What the data of an event of class 0 says.
 
-    >>> protocol_meaning(11, bytes([5, 16, 42])), protocol_meaning(31, b"")
-    ('node 5 register 16 = 42', 'all nodes')
+    >>> protocol_meaning(31, b""), protocol_meaning(31, b"\\5")
+    ('all nodes', 'node 5')
     """
     if vscp_type == 31 and data in (b"", b"\xFF"):
         return "all nodes"
@@ -3019,8 +3245,7 @@ def protocol_meaning(vscp_type: int, data: bytes) -> str:
         mdf_text = "".join(chr(byte) if 0x20 <= byte <= 0x7E else "." for byte in mdf)
         return (f"frame {data[0]}" + (f", GUID {format_guid(guid)}" if guid else "")
                 + (f", MDF {mdf_text}" if mdf else ""))
-    layout, text = protocol_layout(vscp_type, len(data))
-    return text.format(*layout.unpack_from(data), " ".join(map(str, data[layout.size:])))
+    return data_meaning(0, vscp_type, data)
 
 
 def event_meaning(can_id: int, data: bytes) -> str:
@@ -3037,13 +3262,19 @@ def event_meaning(can_id: int, data: bytes) -> str:
         if vscp_class == 0:
             return protocol_meaning(vscp_type, data)
         if 10 <= vscp_class <= 15:
-            return f"{measured(note, data[0], data[1:])}, sensor {data[0] & 7}"
+            text = time_text(data[0], data[1:]) if (vscp_class, vscp_type) == (10, 4) else ""
+            text = text or measured(note, data[0], data[1:])
+            return f"{text}, sensor {data[0] & 7}"
         if 60 <= vscp_class <= 64:
             return measured(note, 0xC0, data)       # a double
         if 70 <= vscp_class <= 74:
             return measured(note, 0xA0, data)       # a float
         if 65 <= vscp_class <= 69 or 85 <= vscp_class <= 89:
-            return f"{measured(note, data[3], data[4:])}, {zone_text('index', data)}"
+            return measured_in_zone(note, data)
+        if (vscp_class, vscp_type) == (20, 1):
+            return button_text(data)
+        if vscp_class in (206, 212):
+            return data_meaning(vscp_class, vscp_type, data)
     except (ValueError, IndexError, struct.error):
         return ""
     return zone_text(note, data) if note.isalpha() else ""
@@ -3202,12 +3433,13 @@ def guid_argument(text: str) -> bytes:
     try:
         if kind in ("mac", "ip"):
             return own_guid(kind, name)
-        if text.count(":") == 11:
-            return parse_guid(text + ":0:0:0:0")[:12]
-        return parse_guid(text)
+        guid = guid_bytes(text)
+        if len(guid) not in (12, 16):
+            raise VscpError("Invalid GUID")
+        return guid
     except VscpError:
-        raise VscpError(
-            f"'{text}' is not 16 or 12 hexadecimal bytes between colons, mac or ip") from None
+        raise VscpError(UNSURE_GUID if "::" in text else f"'{text}' is not 16 or 12 hexadecimal "
+                        "bytes between colons, mac or ip") from None
     except LookupError:
         raise VscpError(f"no interface with an address for '{text}'") from None
     except OSError as error:

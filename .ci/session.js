@@ -174,7 +174,7 @@ async function session() {
   // life that comes now, so leave when there has just been one.
   await new Promise((resolve) => { client.once('alive', resolve); });
   client.collectedData = '';
-  assert.deepEqual((await client.stopRcvLoop()).response, ['+OK']);
+  assert.deepEqual((await client.stopRcvLoop()).response, ['+OK - Success.']);
   cansend('0C140305#01', '0C140306#02');
   await buffered(client, ['96,20,3,5:1', '96,20,3,6:2']);
   assert.equal(seen.length, 204);

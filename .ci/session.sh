@@ -24,6 +24,7 @@ cd "$(dirname "$0")/.."
 python=${UVSCPD_PYTHON:-python3}
 can=vcan0
 limit=60                                    # seconds; what takes longer has failed
+good="+OK - Success."                       # the reply that has no text of its own
 zeros=0:0:0:0:0:0:0:0:0:0:0:0:0:0:0         # a GUID but for its last byte
 export TZ=UTC0
 
@@ -110,10 +111,10 @@ hear_reply() {  # CLIENT: lines up to and including the one with +OK or -OK, in 
     done
 }
 
-ask() {  # CLIENT COMMAND [LINE...]: has to be answered by these lines (+OK)
+ask() {  # CLIENT COMMAND [LINE...]: has to be answered by these lines and the good reply
     printf '%s\r\n' "$2" >&"$1"
     hear_reply "$1"
-    same "reply to $2" "$(lines "${@:3}" +OK)" "$(lines "${reply[@]}")"
+    same "reply to $2" "$(lines "${@:3}" "$good")" "$(lines "${reply[@]}")"
 }
 
 refused() {  # CLIENT COMMAND REASON
@@ -256,7 +257,8 @@ ask "$buffer" "SEND 96,20,9,0,2026-11-21T22:59:33,0,"
 ask "$buffer" "send 480,10,6,0,,11616992294838206464,00:00:00:00:00:00:00:00:00:00:00:00:00:00:00:00,0x8A,0x01"
 ask "$buffer" "send 0,532,3,0,,0,-,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,9,8"
 refused "$buffer" "send 96,20,3,0,,0,-,1,2,3,4,5,6,7,8,9" "too many data bytes"
-sent=(0C140300#000123 1FFFFEFE#01020304050607FF 0C140900# 1C0A0600#8A01 00140300#0908)
+ask "$buffer" "send 0x60,0x14,0x3,0x0,1795845433446809000,FF:FF:FF:FF:FF:FF:FF:FE:02:FC:00:00:00:01:00:05,0x00,0x50,0x05"
+sent=(0C140300#000123 1FFFFEFE#01020304050607FF 0C140900# 1C0A0600#8A01 00140300#0908 0C140305#005005)
 witness_events
 log_is "${sent[@]}"
 streamed "$streamer"
@@ -269,14 +271,14 @@ step "100 SENDs in one packet"
 packet= replies=() sent=()
 for ((number = 0; number < 100; number++)); do
     packet+="send 224,10,6,0,,0,-,$number"$'\n'
-    replies+=(+OK)
+    replies+=("$good")
     printf -v frame '1C0A0600#%02X' "$number"
     sent+=("$frame")
 done
 printf '%s' "$packet" >&"$buffer"
 for reply in "${replies[@]}"; do
     hear "$buffer"
-    same "reply to a SEND of many" +OK "$line"
+    same "reply to a SEND of many" "$reply" "$line"
 done
 witness_events
 log_is "${sent[@]}"
