@@ -61,8 +61,7 @@ EFF_FLAG, ERR_FLAG = 1 << 31, 1 << 29           # linux/can.h, linux/can/error.h
 ERR_CRTL, ERR_ACK, ERR_BUSOFF, ERR_RESTARTED, ERR_CNT = 0x004, 0x020, 0x040, 0x100, 0x200
 
 
-def await_(condition: Callable[[], object], what: str) -> None:
-    """Look until it is so."""
+def wait_until(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         if time.monotonic() > deadline:
@@ -86,7 +85,7 @@ class CandleLight:
     - set(stuck=True): takes frames and does nothing with them, so there is no echo of any.
     - with hanging(SECONDS): a firmware that does not answer a request, as when the interface goes
       up or down, or (2026 only) when the kernel asks it for its state and the error counters.
-    - Listen-only, where nothing is sent and nothing acknowledged, is up to the driver.
+    - In listen-only mode nothing leaves the mailboxes.
     - unplug(HOW), with frames under way, and plug_in() again.
 
     The kernel is served by a thread. All methods may be called at any time.
@@ -98,6 +97,8 @@ class CandleLight:
         self.hangs_s = 0.0
         self.answers = threading.Event()        # not while the firmware hangs
         self.asked = threading.Event()          # a request has come
+        self.usb = socket.socket()              # to the kernel; closed while it is unplugged
+        self.usb.close()
         self.lock = threading.RLock()           # of all that follows
         self.power_on()
 
@@ -128,11 +129,11 @@ class CandleLight:
             file.write(f"{self.port} {kernel.fileno()} {self.port + 1} {FULL_SPEED}")
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
-        await_(lambda: self.interface, "an interface")
+        wait_until(lambda: self.interface, "an interface")
 
     def unplug(self, how: str = "cable") -> None:
         """Returns when it is gone. How: "cable", "detach" (orderly), "lost" (the server)."""
-        if not self.interface:
+        if self.usb.fileno() < 0:
             return
         if how == "cable":
             with self.lock:
@@ -146,7 +147,7 @@ class CandleLight:
             self.usb.shutdown(socket.SHUT_RDWR)
         self.thread.join(TIMEOUT)
         self.usb.close()
-        await_(lambda: not self.interface and self.port_is_free(), "that it is gone")
+        wait_until(lambda: not self.interface and self.port_is_free(), "the interface is gone")
 
     def port_is_free(self) -> bool:
         with open(f"{VHCI}/status", encoding="ascii") as file:
@@ -206,7 +207,7 @@ class CandleLight:
 
     @contextlib.contextmanager
     def hanging(self, seconds: float) -> Iterator[None]:
-        """The next request meanwhile is answered so late, or at the end; `asked` is set by it."""
+        """The next request sets `asked`, and is answered so late, or at the end of this."""
         self.hangs_s = seconds
         self.asked.clear()
         self.answers.clear()
@@ -311,6 +312,10 @@ class CandleLight:
             frame += self.timestamp()
         self.to_host.append(frame.ljust(32 if self.flags & PADDED else 0, b"\0"))
 
+    def may_send(self) -> bool:
+        return (self.mode == 1 and not self.flags & LISTEN_ONLY and self.acknowledged
+                and self.state != BUS_OFF)
+
     def work(self) -> None:
         """What the firmware's main loop does: fill and empty the mailboxes, hand over."""
         moves = not self.stuck
@@ -321,7 +326,7 @@ class CandleLight:
                 self.mailboxes.append(frame)
                 self.to_kernel(*frame)
                 moves = True
-            if self.mailboxes and self.mode and self.acknowledged and self.state != BUS_OFF:
+            if self.mailboxes and self.may_send():
                 _, can_id, data = self.mailboxes.popleft()
                 self.wire.append((can_id & ~EFF_FLAG, data))
                 moves = True
