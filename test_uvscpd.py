@@ -3019,7 +3019,7 @@ class ArgumentTest(OwnDaemonTestCase):
     def test_lines_of_a_file_of_arguments(self) -> None:
         for line, arguments in self.LINES:
             with self.subTest(line):
-                self.assertEqual(uvscpd.Parser().convert_arg_line_to_args(line), arguments)
+                self.assertEqual(uvscpd.split_argument_line(line), arguments)
 
     def test_passwords_in_a_file_of_arguments(self) -> None:
         for line, password in (("-P =x", "=x"), ("-P '=x'", "=x"), ("--password =x", "=x"),
@@ -3092,6 +3092,58 @@ class ArgumentTest(OwnDaemonTestCase):
                 with open(name, "w", encoding="latin-1") as file:
                     file.write(content)
                 self.assert_ends(2, r"uvscpd\.py: ", "@" + name)
+
+    def assert_error(self, message: str, *arguments: str) -> None:
+        """These arguments are refused with exactly this line."""
+        with self.subTest(message), logged() as lines:
+            with self.assertRaises(SystemExit) as ending:
+                uvscpd.parse_arguments(list(arguments))
+            self.assertEqual((ending.exception.code, lines), (2, [f"uvscpd.py: {message}"]))
+
+    def test_place_of_an_error_in_a_file_of_arguments(self) -> None:
+        port = "argument -p/--port: 'x' is not a number from 0 to 65535"
+        good = self.file("-s\n--guest 0\n")
+        for content, place in (("--port x", 1), ("# x\n\n-s\n--port=x # y\n-d\n", 4),
+                               (f"@{good}\n-p\n\nx\n--buffer y", 4)):
+            name = self.file(content)
+            self.assert_error(f"{name}: line {place}: {port}", "@" + good, "@" + name, "-d")
+        self.assert_error(port, "--port=x", "@" + good)
+        self.assert_error(port, "@" + good, "--port=x")
+        name = self.file("-s\n--nonsense\n-d\n")
+        self.assert_error(f"{name}: line 2: unrecognized arguments: --nonsense, see --help",
+                          "@" + good, "@" + name)
+        name = self.file("-s\n--buffer")
+        self.assert_error(f"{name}: line 2: argument --buffer: expected one argument", "@" + name)
+        name = self.file("-s\n-d\0")
+        self.assert_error(f"{name}: line 2: a zero byte", "@" + name)
+        outer = self.file(f"\n@{name}.none")
+        self.assert_error(f"{outer}: line 2: cannot read {name}.none: No such file or directory",
+                          "@" + outer)
+        self.assert_error("cannot read /a b: No such file or directory", "@/a\nb")
+        self.assert_error("cannot read : No such file or directory", "@")
+        with open(name, "w", encoding="ascii") as file:
+            file.write(f"-s\n@{name}")
+        self.assert_error(f"{name}: line 2: too many files within files", "@" + name)
+
+    def test_files_saved_on_Windows(self) -> None:
+        mark = b"\xEF\xBB\xBF".decode("latin-1")
+        options = uvscpd.parse_arguments(["@" + self.file(mark + "--port 1\r\n-d\r\n")])
+        self.assertEqual((options.port, options.debug), (1, True))
+        users, _ = uvscpd.read_users(self.file(mark + "a b 4\r\nc d\r\n"))
+        self.assertEqual([(user.name, user.privilege) for user in users.values()],
+                         [("a", 4), ("c", 15)])
+        for start in (b"\xFF\xFE", b"\xFE\xFF"):
+            name = self.file(start.decode("latin-1") + "a\0 \0b\0\r\0\n\0")
+            why = "this file is in UTF-16, save it as UTF-8"
+            self.assert_error(f"cannot read {name}: {why}", "@" + name)
+            self.assert_error(f"--users {name}: {why}", "--users", name)
+
+    def test_file_names_and_comments_in_any_encoding(self) -> None:
+        name = self.file("# \xe9\n--pidfile=/tmp/\xe9\n")
+        options = uvscpd.parse_arguments(["@" + name])
+        self.assertEqual(os.fsencode(options.pidfile), b"/tmp/\xe9")
+        users, _ = uvscpd.read_users(self.file("# \xe9\na b # \xe9\n"))
+        self.assertEqual(list(users), ["a"])
 
     def test_file_of_arguments(self) -> None:
         name = self.file("# A comment\n\n--guid 1:2:3:4:5:6:7:8:9:A:B:C:D:E:F:10\n-U\nAdmin\n"

@@ -3375,42 +3375,89 @@ class Summary:
 # stderr and exit status 2. To add an option, add it to its group in parse_arguments.
 
 PORT = 8598                     # uvscpd's; the full VSCP daemon has 9598
+MAX_FILE_DEPTH = 10             # an @FILE within an @FILE ...
 SIOCGIFADDR, SIOCGIFHWADDR = 0x8915, 0x8927     # linux/sockios.h
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and more forgiving argument files."""
+    """argparse that raises its errors."""
 
     def error(self, message: str) -> "NoReturn":
-        """Log what is wrong, in one line without words that may be a password, and exit."""
-        text = re.sub(r"\[Errno \d+\] (.*?): '(.*)'", r"cannot read \2: \1", message)
-        text = re.sub(r"(--[\w-]+)=\S*", r"\1", text)
+        """Raise VscpError with what is wrong, without words that may be a password."""
+        text = re.sub(r"(--[\w-]+)=\S*", r"\1", message)
         if text.startswith("unrecognized arguments"):
             names = [word for word in text.split() if word.startswith("-")]
             text = " ".join(["unrecognized arguments" + ":" * bool(names), *names]) + ", see --help"
-        log.error(f"{self.prog}: {' '.join(text.split())}")
-        self.exit(2)
+        raise VscpError(text)
 
-    def convert_arg_line_to_args(self, arg_line: str) -> "list[str]":
-        """One argument per line; `--port 8598` may stand in one line, too.
 
-        A value may stand in quotes; after it, a `#` that follows a space starts a
-        comment.
-        """
-        if "\0" in arg_line:
-            self.error("a zero byte in an argument file")
-        line = arg_line.strip()
-        option, rest = re.findall(r"(?s)^(--[^\s=]+|-[^\s-]|)(.*)", line)[0]
-        is_long, glued = option.startswith("--"), rest.startswith("=")
-        equals = is_long and glued
-        rest = rest[equals:].strip()
-        quoted = re.fullmatch(r"""(["'])(.*?)\1(?:\s+#.*)?""", rest)
-        value = quoted[2] if quoted else re.sub(r"\s+#.*" if equals else r"(^|\s+)#.*", "", rest)
-        if is_long and (value or quoted or equals):
-            return [f"{option}={value}"]    # in one piece, or @... would be taken for a file
-        if option and value.startswith("=") and not glued:
-            return [option, value]          # in one piece argparse would drop the `=`
-        return [option + value] if option or value else []
+def read_text(path: str) -> "tuple[list[str], bool]":
+    """The lines of a file that may have been saved on Windows, and whether anybody can read it.
+
+    Raises VscpError if it cannot be read, or is in UTF-16. What is not UTF-8 becomes
+    surrogates, as in the arguments of the process.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+            readable = bool(os.fstat(file.fileno()).st_mode & 0o007)
+    except (OSError, ValueError) as error:
+        raise VscpError(getattr(error, "strerror", error)) from None
+    if content[:2] in (b"\xFF\xFE", b"\xFE\xFF"):
+        raise VscpError("this file is in UTF-16, save it as UTF-8")
+    if content[:3] == b"\xEF\xBB\xBF":         # a byte order mark
+        content = content[3:]
+    text = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode("utf-8", "surrogateescape")
+    return text.split("\n"), readable
+
+
+def split_argument_line(line: str) -> "list[str]":
+    """The arguments in a line of @FILE: one, or an option and its value, `--port 8598`.
+
+    A value may stand in quotes; after it, a `#` that follows a space starts a comment.
+    """
+    if "\0" in line:
+        raise VscpError("a zero byte")
+    option, rest = re.findall(r"(?s)^(--[^\s=]+|-[^\s-]|)(.*)", line.strip())[0]
+    is_long, glued = option.startswith("--"), rest.startswith("=")
+    equals = is_long and glued
+    rest = rest[equals:].strip()
+    quoted = re.fullmatch(r"""(["'])(.*?)\1(?:\s+#.*)?""", rest)
+    value = quoted[2] if quoted else re.sub(r"\s+#.*" if equals else r"(^|\s+)#.*", "", rest)
+    if is_long and (value or quoted or equals):
+        return [f"{option}={value}"]    # in one piece, or @... would be taken for a file
+    if option and value.startswith("=") and not glued:
+        return [option, value]          # in one piece argparse would drop the `=`
+    return [option + value] if option or value else []
+
+
+def expand_files(arguments: "list[str]", place: str = "", depth: int = 0
+                 ) -> "list[tuple[str, str]]":
+    """The arguments, with those in FILE instead of each @FILE, and where each stands.
+
+    That is `FILE: line N: `, or "" on the command line. Raises VscpError if a file
+    cannot be read.
+    """
+    expanded: list[tuple[str, str]] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            expanded.append((argument, place))
+            continue
+        path = argument[1:]
+        if depth == MAX_FILE_DEPTH:
+            raise VscpError(f"{place}too many files within files")
+        try:
+            lines, _ = read_text(path)
+        except VscpError as error:
+            raise VscpError(f"{place}cannot read {path}: {error}") from None
+        for number, line in enumerate(lines, 1):
+            place_within = f"{path}: line {number}: "
+            try:
+                words = split_argument_line(line)
+            except VscpError as error:
+                raise VscpError(f"{place_within}{error}") from None
+            expanded += expand_files(words, place_within, depth + 1)
+    return expanded
 
 
 def number_from(least: int, most: int) -> "Callable[[str], int]":
@@ -3515,14 +3562,9 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
     And whether anybody can read it.
     """
     users: dict[str, User] = {}
-    try:
-        with open(path, encoding="latin-1") as file:
-            lines = file.read().split("\n")
-            readable = bool(os.fstat(file.fileno()).st_mode & 0o007)
-    except (OSError, ValueError) as error:
-        raise VscpError(getattr(error, "strerror", error)) from None
+    lines, readable = read_text(path)
     for number, line in enumerate(lines, 1):
-        words = re.findall(r"[^ \t\r]+", re.split(r"(?:^|[ \t])#", line)[0])
+        words = re.findall(r"[^ \t]+", re.split(r"(?:^|[ \t])#", line)[0])
         try:
             if len(words) == 1:
                 raise VscpError("a user needs a name and a password")
@@ -3567,14 +3609,10 @@ def make_logins(options: argparse.Namespace) -> "tuple[Logins, str]":
     return Logins(users, guest, not name or password is not None), readable_users_file
 
 
-def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
-    """The options of the command line, by their names there.
-
-    Further ones are made of others: `logins` and `readable_users_file` (make_logins).
-    """
+def make_parser() -> Parser:
+    """The options, in groups, as the help shows them."""
     parser = Parser(
-        prog="uvscpd.py", fromfile_prefix_chars="@",
-        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
+        prog="uvscpd.py", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
         description="The micro VSCP daemon: TCP clients to one CAN bus.",
         epilog="""examples:
   uvscpd.py -s -c :virtual:             try it: no hardware, no kernel support
@@ -3627,19 +3665,43 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
     add("-h", "--help", action="help", help="show this help and exit")
     add("-v", "--version", action="version", version=f"uvscpd.py {__version__}",
         help="show the version and exit")
+    return parser
+
+
+def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
+    """The options of the command line, by their names there.
+
+    Further ones are made of others: `logins` and `readable_users_file` (make_logins).
+    Exits with status 2 when something is wrong.
+    """
+    parser = make_parser()
+    expanded: list[tuple[str, str]] = []
     try:
-        options = parser.parse_args(arguments)
-    except (ValueError, RecursionError) as error:
-        parser.error(f"bad argument file: {error}")
-    # Before Python 3.13, argparse drops the value of `--port=--`.
-    values = [value for name, value in vars(options).items() if name != "allow"]
-    if [] in [*values, *options.allow]:
-        parser.error("the value of an option cannot be --")
-    try:
+        expanded = expand_files(sys.argv[1:] if arguments is None else arguments)
+        options = parser.parse_args([argument for argument, _ in expanded])
+        # Before Python 3.13, argparse drops the value of `--port=--`.
+        values = [value for name, value in vars(options).items() if name != "allow"]
+        if [] in [*values, *options.allow]:
+            raise VscpError("the value of an option cannot be --")
         options.logins, options.readable_users_file = make_logins(options)
+        return options
     except VscpError as error:
-        parser.error(str(error))
-    return options
+        text = f"uvscpd.py: {place_of_error(parser, expanded, str(error))}{error}"
+        log.error(" ".join(text.split()))       # in one line, whatever a name contains
+        sys.exit(2)
+
+
+def place_of_error(parser: Parser, expanded: "list[tuple[str, str]]", message: str) -> str:
+    """Where the argument stands that causes this error: the last of the fewest that do."""
+    if not any(place for _, place in expanded):     # no file
+        return ""
+    for count in range(1, len(expanded) + 1):
+        try:
+            parser.parse_args([argument for argument, _ in expanded[:count]])
+        except VscpError as error:
+            if str(error) == message:
+                return expanded[count - 1][1]
+    return ""
 
 
 # =============================================================================
