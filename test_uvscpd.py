@@ -1457,40 +1457,159 @@ class LinkTest(unittest.TestCase):
 # =============================================================================
 # From bytes to command lines, and how connections begin and end.
 
-class SplitTest(unittest.TestCase):
-    TOO_LONG = "line length exceeded"
+TOO_LONG = "line length exceeded"
+KEY = "a cursor or function key is in this line, please type it again"
+NOT_HTTP, NOT_BINARY = "an HTTP request", "binary data, perhaps TLS"
+
+# What PuTTY sends at once in its default type, Telnet: WILL NAWS, TSPEED, TTYPE, NEW-ENVIRON, ...
+PUTTY = bytes.fromhex("FFFB1F FFFB20 FFFB18 FFFB27 FFFD01 FFFB03 FFFD03")
+WINDOW_SIZE = bytes.fromhex("FFFA1F 0050 0A0D FFF0")            # 80 columns; an LF, a CR in it
+TERMINAL = b"\xff\xfa\x18\x00noop\xff\xff\xf0\xff\xf0"         # IAC IAC: the byte FF
+CTRL_C = bytes.fromhex("FFF4 FFFD06")
+
+# What web pages make a browser send: the form, multipart, beacon and fetch differ in the body.
+WEB_PAGES = (
+    b"POST / HTTP/1.1\r\nHost: pi:8598\r\nContent-Type: text/plain\r\n\r\n",
+    b"PUT /a HTTP/1.1\r\nHost: pi:8598\r\nUser-Agent: vers\r\n\r\n",
+    b"OPTIONS * HTTP/1.0\r\n\r\n",
+    b"vers /a HTTP/1.1\r\nHost: pi:8598\r\n\r\n",               # fetch takes any method
+    b"+ / HTTP/1.1\r\n", b"get /a\n", b"  GET http://pi:8598/a\r",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"POST /" + b"x" * 600 + b" HTTP/1.1\r\n",
+    b"x" * 9999 + b" /" + b"x" * 9999 + b" HTTP/1.1\r\n",
+    b"GET /ws HTTP/1.1\r\nUpgrade: websocket\r\n\r\n",
+    b"Host: pi:8598\r\n", b" host:" + b"x" * 600 + b"\r\n",
+    b"CONNECT pi:8598 HTTP/1.1\r\n\r\n",
+    *(method + b" /\n" for method in b"HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()),
+)
+BINARY_HELLOS = (
+    bytes.fromhex("160301 0200 0100 01FC 0303") + b"\nvers\n",           # TLS
+    bytes.fromhex("0003 0008 2112A442") + b"\nvers\n",                  # STUN and TURN, WebRTC's
+    bytes.fromhex("0014 0001 0000 2112A442"),                           # the same by ICE-TCP
+    bytes.fromhex("100C 0004") + b"MQTT\x04\x02\x00\x3c\x00\x00",
+    bytes.fromhex("0501 00"), bytes.fromhex("0401 0050 01020304 00"),   # SOCKS 5 and 4
+    bytes.fromhex("0300 000B 06E0 0000 0000 00"),                       # a remote desktop
+    bytes.fromhex("0006 0100 0001 0000 0000 0000"),                     # DNS over TCP
+    bytes.fromhex("0000 00A4 FF") + b"SMBr",
+    bytes.fromhex("0000 0008 04D2 162F"),                               # PostgreSQL
+)
+# Others whose lines are refused one by one, or quit, as they always were.
+HARMLESS_HELLOS = (
+    b"SSH-2.0-OpenSSH_9.9\r\n", b"EHLO pi\r\n", b"USER anonymous\r\n",
+    b"PROXY TCP4 127.0.0.1 127.0.0.1 40000 8598\r\n",
+    bytes.fromhex("0D0A0D0A000D0A515549540A 2111000C 7F000001 7F000001 9C402196"),  # PROXY v2
+    b"OPTIONS sip:nm SIP/2.0\r\nVia: SIP/2.0/TCP nm;branch=foo\r\n\r\n",
+    b"*1\r\n$4\r\nPING\r\n", b"\r\n\r\n", b"l\x00\x0b\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+    b"\x80\x2e\x01\x03\x01", b"<policy-file-request/>\x00", b"TNMP\x04\x00\x00\x00",
+)
+
+
+def in_pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[start:start + size] for start in range(0, len(data), size)]
+
+
+class LineTest(unittest.TestCase):
     LINES: tuple[tuple[bytes, list[str]], ...] = (
         (b"noop\r\nquit\n", ["noop", "quit"]),
         (b"no line end", []),
         (b"\n\r\n", ["", ""]),
-        (b"n\ro\r\ro\np\r\r\n", ["noo", "p"]),
-        (b"\0n\x07o\x1b\to\x1fp\x7f\n", ["noop"]),
+        (b"a b\r\nno\top\n\t\n", ["a b", "no op", " "]),
+        (b"n\x07o\x1f\0op\n", ["noop"]),
         (b"n\x80o\xc3\xa9o\xffp\n !~ \n", ["noop", " !~ "]),
-        (b"\0\xff" + b"x" * 512 + b"\r\n", ["x" * 512]),
+        (b"\xff" + b"x" * 512 + b"\r\n", ["x" * 512]),
         (b"x" * 513 + b"\nnoop\n", [TOO_LONG, "noop"]),
         (b"noop\n" + b"x" * 513 + b"\r\n" + b"y" * 6000 + b"\n\n",
          ["noop", TOO_LONG, TOO_LONG, ""]),
+        # CR: alone it ends a line; LF, NUL and more CRs belong to it.
+        (b"noop\rquit\r", ["noop", "quit"]),
+        (b"noop\r\0quit\r\0\r\n", ["noop", "quit"]),
+        (b"noop\r\r\nquit\n\rchid\n\r", ["noop", "quit", "chid"]),
+        (b"n\ro\r\ro\np\r\r\n\r\n", ["n", "o", "o", "p", ""]),
+        # Backspace and DEL
+        (b"send 3\x082\nnoob\x7fp\n", ["send 2", "noop"]),
+        (b"\x08\x7fx\x08\x08noop\r\n", ["noop"]),
+        (b"3\xc3\xa9\x082\n3\xc3\xa9\x08\x082\n3\xe9\x7f2\n", ["32", "2", "32"]),
+        (b"x" * 600 + b"\x08" * 200 + b"\n", [TOO_LONG]),
+        (b"x" * 513 + b"\x08\n", [TOO_LONG]),
+        # Cursor keys
+        (b"chi\x1b[Dd\nnoop\n\x1b[A\r", [KEY, "noop", KEY]),
+        (b"chid\x1b[D\x08\x08\x08\x08\nnoop\n", [KEY, "noop"]),
+        # Telnet, RFC 854
+        (PUTTY + b"noop\r\n", ["noop"]),
+        (b"no" + WINDOW_SIZE + b"op\r\0" + TERMINAL + b"quit\r\n", ["noop", "quit"]),
+        (b"no" + CTRL_C + b"op\xff\xf6\n\xff\xff\nno\xff\xfe\nop\n", ["noop", "", "noop"]),
+        (b"no\xff\xff\xfbop\n", ["noop"]),
     )
 
-    partial = ""
-
-    def feed(self, data: bytes) -> list[str]:
-        lines, self.partial = uvscpd.split_lines(self.partial, data)
-        return [str(line) for line in lines]
+    def feed(self, data: bytes, size: int = 0) -> list[str]:
+        """What a new reader makes of the data in pieces of a size."""
+        reader = uvscpd.LineReader()
+        return [str(line) for piece in in_pieces(data, size or len(data))
+                for line in reader.feed(piece)]
 
     def test_lines_in_pieces_of_any_size(self) -> None:
         for data, lines in self.LINES:
-            for size in (len(data), 1, 2, 3, 511, 512, 513, 514):
+            for size in (0, 1, 2, 3, 4, 5, 7, 511, 512, 513, 514):
                 with self.subTest(data[:30], size=size):
-                    self.partial = ""
-                    pieces = [data[start:start + size] for start in range(0, len(data), size)]
-                    self.assertEqual([line for piece in pieces for line in self.feed(piece)], lines)
+                    self.assertEqual(self.feed(data, size), lines)
+
+    def test_usual_lines_are_the_same_piece_by_piece(self) -> None:
+        """feed() takes a short way for most input: it must come to the same result."""
+        rng = random.Random(1)
+        words = [b"noop", b"send 1,2", b"x" * 300, b" ", b"\r\n", b"\n", b"\r\n", b"\r", b"\x08",
+                 b"/", b"ost:", b"\xff\xfb", b"\x1b", b"a /b HTTP/1", b"h"]
+        for _ in range(2000):
+            data = b"noop\n" + b"".join(rng.choices(words, [9] * 7 + [1] * 8, k=20))
+            slow = uvscpd.LineReader()
+            lines = [str(line) for line in slow.feed_pieces(data)]
+            if NOT_HTTP not in lines:
+                self.assertEqual(self.feed(data, rng.choice((1, 2, 5, 30, 500))), lines)
 
     def test_endless_line(self) -> None:
-        for _ in range(100):
-            self.assertEqual(self.feed(b"x" * 16384), [])
-            self.assertLessEqual(len(self.partial), 513)
-        self.assertEqual(self.feed(b"\nnoop\n"), [self.TOO_LONG, "noop"])
+        for byte in b"x/\xe9\x1b":
+            reader = uvscpd.LineReader()
+            for _ in range(50):
+                self.assertEqual(reader.feed(bytes([byte]) * 16384), [])
+                self.assertLess(len(reader.partial), 600)
+            error, noop = reader.feed(b"\nnoop\n")
+            self.assertIsInstance(error, uvscpd.VscpError)
+            self.assertEqual(noop, "noop")
+
+    def test_endless_subnegotiation_is_given_up(self) -> None:
+        reader = uvscpd.LineReader()
+        reader.feed(b"\xff\xfa")
+        for piece in in_pieces(b"x" * 600 + b"\xff\xff" * 600, 100):
+            reader.feed(piece)
+            self.assertLessEqual(len(reader.telnet), 512)
+        self.assertEqual(reader.feed(b"\nnoop\n")[-1], "noop")
+
+    def test_time_for_hostile_bytes(self) -> None:
+        """No input takes a time that grows with its square: pieces of 16 kB would take minutes."""
+        for piece in (b"\xff\xfa", b"\xff", b"\xff\xfa\xff", b"\xff\xff\xfa", b" ", b" /", b"a /"):
+            self.feed(b"\n" + (piece * 16384)[:16384] + b" HTTP/\n")
+
+    def test_other_protocols(self) -> None:
+        for hello in WEB_PAGES + BINARY_HELLOS:
+            for size in (0, 1, 2, 3, 7, 512):
+                with self.subTest(hello[:30], size=size):
+                    reader = uvscpd.LineReader()
+                    for piece in in_pieces(hello, size or len(hello)):
+                        lines = reader.feed(piece)
+                        if lines:
+                            break
+                    self.assertEqual(len(lines), 1)
+                    self.assertIsInstance(lines[0], uvscpd.NotVscp)
+                    self.assertEqual(str(lines[0]), NOT_HTTP if hello in WEB_PAGES else NOT_BINARY)
+
+    def test_no_line_of_VSCP_looks_like_another_protocol(self) -> None:
+        arguments = ("", "1", "list", "0,2,3", "a b c", "HTTP/1.1", "Host:", "a/b", "/", "GET",
+                     "96,20,3,0,2026-11-21T22:28:59Z,0,FF:0:0:0:0:0:0:0:0:0:0:0:0:0:0:1,1",
+                     "96, 20, 3, 0, , 0, -, 1", *(row.usage for row in ROWS))
+        for name in uvscpd.COMMANDS:
+            for argument in arguments:
+                for line in (f"{name} {argument}", f"  {name.upper()}  {argument} "):
+                    for end in ("\r\n", "\n", "\r"):
+                        self.assertEqual(self.feed((line + end).encode()), [line])
 
 
 class ClientTest(DaemonTestCase):
@@ -1544,6 +1663,15 @@ class ClientTest(DaemonTestCase):
             B> retr 9   | 96,20,1,0,*,#,::0 | 96,20,3,0,*,#,::0 | -OK - No event(s) available
         """, self.connect(), b)
 
+    def test_telnet(self) -> None:
+        """Negotiation is never answered, and costs no command."""
+        peer = self.connect()
+        peer.sock.sendall(PUTTY + b"chid\r\0" + WINDOW_SIZE + b"nop\x08op\r\n")
+        peer.expect("0", "+OK", "+OK")
+        peer.sock.sendall(b"chid\x1b[Dd\r\n")
+        peer.expect(f"-OK - {KEY}")
+        peer.say("quit | +OK - bye | (closed)")
+
     def test_connection_closed_or_reset_without_QUIT(self) -> None:
         for _ in range(10):
             Peer(self.daemon.port).__exit__()
@@ -1552,6 +1680,68 @@ class ClientTest(DaemonTestCase):
         a.send("help")
         a.reset()
         b.say(*["send 96,20,3,0,,0,-"] * 10)
+
+
+class StrangerTest(OwnDaemonTestCase):
+    """Whoever else connects: browsers, port scanners."""
+
+    def say_hello(self, daemon: DaemonProcess, hello: bytes, size: int) -> list[str]:
+        """What the daemon answers to this and to lines after it; all in pieces of this size."""
+        with daemon.connect() as peer:
+            with contextlib.suppress(ConnectionError):      # closed in the middle
+                for piece in in_pieces(hello + b"\r\nvers\r\nnoop\n", size):
+                    peer.sock.sendall(piece)
+            peer.sock.shutdown(socket.SHUT_WR)
+            return [line.decode() for line in peer.file.read().splitlines()]
+
+    def test_not_a_line_of_a_web_page_is_run(self) -> None:
+        daemon = self.start()
+        for hello in WEB_PAGES + BINARY_HELLOS:
+            what = NOT_HTTP if hello in WEB_PAGES else NOT_BINARY
+            for size in (20000, *[1, 7] * (len(hello) < 700)):
+                with self.subTest(hello[:30], size=size):
+                    self.assertEqual(self.say_hello(daemon, hello, size), [
+                        f"-OK - this port speaks VSCP's text protocol only, this was {what}"])
+        self.assertEqual(daemon.stop().count("sent an HTTP request"), 1)
+
+    def test_other_strangers_are_answered_and_send_nothing(self) -> None:
+        daemon = self.start()
+        watcher = self.connect(daemon)
+        for hello in HARMLESS_HELLOS:
+            lines = self.say_hello(daemon, hello, 20000)
+            self.assertRegex(lines[0], "^-OK - |no user configured")
+        watcher.say("cdta | 0 $ | +OK")
+
+    def test_lines_before_an_HTTP_request_are_run(self) -> None:
+        with self.connect(self.start()) as peer:
+            peer.sock.sendall(b"chid\nGET / HTTP/1.1\nchid\n")
+            peer.expect("0", "+OK", f"-OK - ...only, this was {NOT_HTTP}", "(closed)")
+
+    def test_one_warning_per_minute_and_address(self) -> None:
+        daemon = self.daemon_in_process()
+        for host, seconds, warnings in (("10.0.0.1", 0, 1), ("10.0.0.1", 30, 0), ("::1", 0, 1),
+                                        ("10.0.0.1", 30, 1), ("::1", 29, 0), ("::1", 1, 1)):
+            daemon.now += seconds
+            client, other_end = self.connect_in_process(daemon)
+            self.log.clear()
+            client.host = host
+            other_end.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            client.on_ready(uvscpd.READ)
+            daemon.now += 2
+            daemon.tick()
+            daemon.now -= 2
+            other_end.close()
+            client.on_ready(uvscpd.READ)
+            self.assertTrue(client.closed)
+            self.assertEqual([line for line in self.log if " after " not in line],
+                             [f"{client.name}: sent {NOT_HTTP}; disconnected, "
+                              "nothing of it was run"] * warnings)
+
+    def test_warnings_that_are_remembered_are_bounded(self) -> None:
+        limit = uvscpd.RateLimit()
+        count = sum(limit.allows("protocol", str(number), 60, 0.0) for number in range(3000))
+        self.assertEqual((count, len(limit.again_at)), (1000, 1000))
+        self.assertTrue(limit.allows("protocol", "5", 60, 60.0))
 
 
 class SlowReaderTest(OwnDaemonTestCase):
@@ -3391,11 +3581,13 @@ class ProcessTest(OwnDaemonTestCase):
         daemon = self.start("-d", "-U", "Admin", "-P", "secRet")
         peer = self.connect(daemon)
         for command in ("user Admin", "pass secRet", "+", "  PASS  secRet", "pass 1 secRet",
-                        "\0pa\rss\x7f secRet", "pass secRetwrong", "passsecRet",
-                        "user x secRet", "+ secRet", "help pass secRet", "chid"):
+                        "\0pa\x07sx\x7fs secRet", PUTTY.decode("latin-1") + "pass secRet",
+                        "!pass secRet", "x help  pass  secRet", "pass\tsecRet",
+                        "pass secRetwrong", "passsecRet", "user x secRet", "+ secRet",
+                        "help pass secRet", "chid"):
             peer.ask(command)
         log = daemon.stop()
-        self.assertIn("chid", log)
+        self.assertIn("> chid", log)
         self.assertNotIn("secRet", log)
 
     def test_too_few_descriptors_to_start(self) -> None:
@@ -4704,7 +4896,9 @@ def hostile_line(rng: random.Random) -> bytes:
     line = bytearray(f"{name}{' ' * rng.randrange(3)}{arguments}".encode())
     for _ in range(rng.choice((0, 0, 0, 1, 2, 5))):
         line.insert(rng.randrange(len(line) + 1), rng.randrange(256))
-    return bytes(line).replace(b"\n", b"")
+    for end in (b"\n", b"\r", b"\xff\xfa"):     # nor the start of telnet's subnegotiation
+        line = line.replace(end, b"")
+    return bytes(line)
 
 
 def try_line(peer: Peer, line: bytes, number: int) -> bool:
@@ -4714,7 +4908,7 @@ def try_line(peer: Peer, line: bytes, number: int) -> bool:
     lines = [peer.read_line()]
     while lines[-1] not in (marker, "(closed)"):
         lines.append(peer.read_line())
-    if lines[-2:] == ["+OK - bye", "(closed)"]:
+    if lines[-1] == "(closed)" and (lines[-2] == "+OK - bye" or NOT_BINARY in lines[-2]):
         return False
     peer.expect("+OK")
     finals = [text for text in lines if text[:3] in ("+OK", "-OK")]

@@ -62,7 +62,7 @@ if sys.version_info < (3, 7):
 # Type checkers take this for true. At run time it is false, as importing typing takes an eighth
 # of the start-up time. So annotations that Python 3.7 cannot evaluate are in quotes.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any, NoReturn
 
 __version__ = "1.0.0"
@@ -74,6 +74,8 @@ __version__ = "1.0.0"
 # One exception for every user error, two for what has to wait, and messages for the
 # operator, which never block. Numbers stand at the head of the section they are for.
 
+MAX_REMEMBERED = 1000           # messages that RateLimit remembers
+
 NEVER = float("inf")
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -84,6 +86,10 @@ class VscpError(argparse.ArgumentTypeError):
     A client gets the text after `-OK - `. It is an ArgumentTypeError so that
     argparse prints the text when an option's value is wrong.
     """
+
+
+class NotVscp(VscpError):
+    """A connection speaks another protocol; the text says which."""
 
 
 class Later(Exception):
@@ -166,6 +172,28 @@ class Log:
 
 
 log = Log()
+
+
+class RateLimit:
+    """Lets a message pass once per period, about this and that. Pure: time is passed in.
+
+    >>> limit = RateLimit()
+    >>> [limit.allows("events", "10.0.0.1", 60, now) for now in (5, 64, 65)]
+    [True, False, True]
+    """
+
+    def __init__(self) -> None:
+        self.again_at: dict[tuple[str, str], float] = {}    # by what it is about, and whom
+
+    def allows(self, what: str, whom: str, period_s: float, now: float) -> bool:
+        """Whether there was no such message in this period; from now on there was one."""
+        if self.again_at.get((what, whom), 0.0) > now:
+            return False
+        self.again_at = {each: when for each, when in self.again_at.items() if when > now}
+        if len(self.again_at) >= MAX_REMEMBERED:
+            return False
+        self.again_at[what, whom] = now + period_s
+        return True
 
 
 def clock_text(time_us: int) -> str:
@@ -1551,7 +1579,8 @@ class Bus:
 #
 #     accepted   -- it is allowed, and a slot is free --> connected (greet)
 #                -- else --> leaving (refuse)
-#     connected  -- QUIT, end of input, SIGTERM, 5 wrong log-ins, no log-in --> leaving (leave)
+#     connected  -- QUIT, end of input, SIGTERM, 5 wrong log-ins, no log-in, HTTP or TLS
+#                   --> leaving (leave)
 #     leaving    -- all output is sent --> shut down (shut_down)
 #     shut down  -- the peer closes, or LINGER_S pass --> closed (close)
 #     any        -- an error, a bug, a peer silent for PEER_GONE_S --> closed
@@ -1564,7 +1593,8 @@ class Bus:
 
 MAX_LINE = 512                  # characters in a command line; the C uvscpd has 320, too few for a
                                 # Level II event with a long datetime
-NOT_TEXT = bytes(b for b in range(256) if b != 0x0A and not 0x20 <= b <= 0x7E)
+KEPT_TAIL = 16                  # of a longer one, of which the middle is dropped: it may be the
+                                # end of an HTTP request line
 SIGN_OF_LIFE = "+OK\r\n"        # in the receive loop; other than any reply
 SIGN_OF_LIFE_S = 2.0            # how often
 # node-vscp-tcp loses events that it reads together with RCVLOOP's +OK. Measured: sent at
@@ -1577,29 +1607,144 @@ LINGER_S = 5.0                  # to let a last reply arrive before closing
 PEER_GONE_S = 300               # a peer that has acknowledged nothing for so long is gone
 PEER_CHECK_S = 10
 COMPLAIN_S = 3600               # a client that misses events is logged once per hour
+NOT_VSCP_S = 60                 # an address that speaks another protocol, once per minute
 # Of struct tcp_info (linux/tcp.h)
 TCP_ESTABLISHED = 1             # its first byte; not once the peer has closed
 LAST_ACK_RECEIVED = 56          # the offset of a number of milliseconds
 
 
-def split_lines(partial: str, data: bytes) -> "tuple[list[str | VscpError], str]":
-    """The command lines that end in `data`, and the new partial line after them.
+# What LineReader looks for. MARK: a table for translate() that makes unusual bytes zero: nearly
+# every line has none. A slash is one, as each HTTP request has it.
+MARK = bytes(byte if byte in b"\r\n" or 0x20 <= byte <= 0x7E and byte != ord("/") else 0
+             for byte in range(0x100))
+CR = ord("\r")                  # a number, as bytes are searched faster for one
+ESCAPE = "\x1b"                 # begins what a cursor key sends
+# The second and later bytes of a character in UTF-8; in Latin-1 no letters.
+CONTINUATION = "".join(map(chr, range(0x80, 0xC0)))
+# A tab is a blank. What is not ASCII is kept until the line ends, as backspace may be meant for it.
+CLEAN = {0x09: " ", **dict.fromkeys(range(0x80, 0x100))}
+# Telnet (RFC 854): IAC is FF, WILL to DONT are FB to FE, SB is FA, SE is F0.
+PIECES = re.compile(rb"""(?sx)
+    (?P<text>  [\t\x1b\x20-\x7e\x80-\xfe]+ )
+  | (?P<end>   [\r\n] )
+  | (?P<erase> [\x08\x7f] )                                    # backspace, DEL
+  | \xff (?: \xfa (?: [^\xff] | \xff [^\xf0] )* \xff \xf0      # IAC SB ... IAC SE
+          | [\xfb-\xfe] .                                     # IAC WILL and an option
+          | [\xf0-\xf9\xff] )                                 # IAC and a command, IAC IAC
+  | (?P<cut>   \xff (?: \xfa .* | [\xfb-\xfe] )? \Z )         # the rest is still to come
+  | .                                                         # other bytes are dropped
+""")
+# Nobody types such a byte first, but TLS and other binary protocols begin with one.
+BINARY = re.compile(rb"[\x00-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f]")
+# What begins an HTTP request (RFC 9112): method, target, version. fetch() lets a page choose nearly
+# any word as the method, and a cut request may lack the version. And the header that follows.
+HTTP = re.compile(r" *(\S+ +\S.* HTTP/\d"
+                  r"|(?i:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH) +\S*/|[Hh]ost:)")
 
-    `partial` is what came before. CR, other control characters and bytes over 0x7E
-    are dropped. A line of more than MAX_LINE characters becomes an error.
 
-    >>> split_lines("no", b"op\\r\\nqu")
-    (['noop'], 'qu')
+def shorten(line: str) -> str:
+    """A line as it is; of one that is too long, the beginning and the end, with a blank between."""
+    if len(line) <= MAX_LINE + 1 + KEPT_TAIL:
+        return line
+    return f"{line[:MAX_LINE]} {line[-KEPT_TAIL:]}"
+
+
+def check_line(line: str) -> "str | VscpError":
+    """A line as a command, or the error why it cannot be one."""
+    command = line.translate(CLEAN)
+    if HTTP.match(command):
+        return NotVscp("an HTTP request")
+    if ESCAPE in line:
+        return VscpError("a cursor or function key is in this line, please type it again")
+    return command if len(line) <= MAX_LINE else VscpError("line length exceeded")
+
+
+class LineReader:
+    """Makes command lines of what a connection sends: bytes in, lines or errors out.
+
+    LF, CR LF or CR ends a line. Tab is a blank; backspace and DEL take away the character
+    before them. Telnet's negotiation, other control characters and what is not ASCII are
+    dropped. An HTTP request, or binary data at the start, becomes NotVscp. What comes may
+    be cut anywhere.
+
+    >>> reader = LineReader()
+    >>> reader.feed(b"no"), reader.feed(b"op\\r\\nchod\\x08\\x08id\\r\\nqu")
+    ([], ['noop', 'chid'])
     """
-    *lines, partial = (partial + data.translate(None, NOT_TEXT).decode("ascii")).split("\n")
-    # One character too many is kept, so the line is still known to be too long.
-    return [line if len(line) <= MAX_LINE else VscpError("line length exceeded")
-            for line in lines], partial[:MAX_LINE + 1]
+
+    def __init__(self) -> None:
+        self.partial = ""           # a line that has not come whole
+        self.telnet = b""           # a telnet command that has not come whole
+        self.after_cr = False       # CR has ended the line: an LF belongs to it
+        self.at_start = True        # nothing has come
+        self.usual = True           # `partial` has usual characters only, and nothing else waits
+
+    def feed(self, data: bytes) -> "Sequence[str | VscpError]":
+        """The lines that end in these bytes; for one that cannot be a command, the error.
+
+        After NotVscp there is none: what follows in these bytes is dropped.
+        """
+        text = data.translate(MARK)
+        if CR in text:
+            text = text.replace(b"\r\n", b"\n")
+        if self.usual and CR not in text and 0 not in text:
+            whole = self.partial + text.decode("ascii")
+            if "ost:" not in whole:             # else it may be a header
+                *lines, partial = whole.split("\n")
+                self.partial = shorten(partial) if partial else ""
+                self.at_start = False
+                if len(whole) > MAX_LINE and max(map(len, lines), default=0) > MAX_LINE:
+                    return [check_line(line) for line in lines]
+                return lines
+        return self.feed_pieces(data)
+
+    def feed_pieces(self, data: bytes) -> "list[str | VscpError]":
+        """As feed(), for any bytes: piece by piece."""
+        if self.at_start and BINARY.match(data):
+            return [NotVscp("binary data, perhaps TLS")]
+        lines: list[str | VscpError] = []
+        data, self.telnet, self.at_start = self.telnet + data, b"", False
+        for match in PIECES.finditer(data):
+            kind, piece = match.lastgroup, match[0]
+            if kind == "text":
+                self.add(piece.decode("latin-1"))
+            elif kind == "erase":
+                self.erase()
+            elif kind == "end" and self.is_end(piece):
+                lines.append(check_line(self.partial))
+                self.partial = ""
+                if isinstance(lines[-1], NotVscp):
+                    break
+            elif kind == "cut":
+                self.telnet = piece if len(piece) <= MAX_LINE else b""
+        self.usual = (not self.telnet and not self.after_cr
+                      and 0 not in self.partial.encode("latin-1").translate(MARK))
+        return lines
+
+    def add(self, text: str) -> None:
+        """Append to the line."""
+        self.after_cr = False
+        self.partial = shorten(self.partial + text)
+
+    def erase(self) -> None:
+        """Take away the last character, unless the line is wrong: it stays so."""
+        if len(self.partial) <= MAX_LINE and ESCAPE not in self.partial:
+            self.partial = self.partial.rstrip(CONTINUATION)[:-1]
+
+    def is_end(self, byte: bytes) -> bool:
+        """Whether CR or LF ends a line: not LF if CR just did, and not CR if there is no line."""
+        if byte == b"\n" and self.after_cr:
+            self.after_cr = False
+            return False
+        if byte == b"\r" and not self.partial:
+            return False
+        self.after_cr = byte == b"\r"
+        return True
 
 
 def hide_password(line: str) -> str:
     """The line as it may be shown: nothing after PASS, nor where it is typed by mistake."""
-    return re.sub(r"(?i)^(\s*(?:pass|help\s+pass|user\s+\S+\s|\+)).+", r"\1 ***", line)
+    return re.sub(r"(?i)(pass|user +\S+ |^ *\+).+", r"\1 ***", line)
 
 
 class Client:
@@ -1625,7 +1770,7 @@ class Client:
         self.dropped_before = daemon.bus.dropped
         self.rx_frames = self.rx_bytes = self.tx_frames = self.tx_bytes = 0
         # Input and output
-        self.partial = ""                       # a line that has not come whole
+        self.reader = LineReader()
         self.lines: deque[str | VscpError] = deque()    # commands to run, errors to answer
         self.last_line = ""                     # what `+` runs again
         self.output = bytearray()               # what the connection has not taken yet
@@ -1639,7 +1784,6 @@ class Client:
         self.resume_at = 0.0                    # no line runs before; NEVER: a SEND waits for room
         self.login_by = NEVER                   # sent away if it may do nothing until then
         self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
-        self.complain_at = 0.0                  # no warning about missed events before
         self.check_peer_at = daemon.now + PEER_CHECK_S  # is the peer still there?
 
     @property
@@ -1770,12 +1914,11 @@ class Client:
         except BlockingIOError:
             return
         except OSError:             # it was reset, perhaps in the middle of a line
-            data, self.partial = b"", ""
+            data, self.reader = b"", LineReader()
         self.peer_closed_writing = not data
         if self.leave_by == NEVER:
             # At the end of the input a last line counts without a line end.
-            lines, self.partial = split_lines(self.partial, data or b"\n" * bool(self.partial))
-            self.lines.extend(lines)
+            self.lines.extend(self.reader.feed(data or b"\n" * bool(self.reader.partial)))
 
     def run_lines(self) -> None:
         """Run some of the lines that have come; the other clients have their turn, too."""
@@ -1804,10 +1947,19 @@ class Client:
 
     def refuse_line(self, error: VscpError) -> str:
         """The reply to a line that is known to be wrong; the end after too many wrong log-ins."""
+        if isinstance(error, NotVscp):
+            return self.refuse_protocol(error)
         if self.failures < MAX_WRONG_LOGINS:
             return refusal(error)
         self.leave()
         return refusal(error) + refusal("too many wrong log-ins")
+
+    def refuse_protocol(self, error: NotVscp) -> str:
+        """The reply to another protocol, and the end: a web page chooses the lines that follow."""
+        if self.daemon.rate_limit.allows("protocol", self.host, NOT_VSCP_S, self.daemon.now):
+            log.warning(f"{self.name}: sent {error}; disconnected, nothing of it was run")
+        self.leave()
+        return refusal(f"this port speaks VSCP's text protocol only, this was {error}")
 
     def pause(self, until: float) -> None:
         """Run no line until then."""
@@ -1888,8 +2040,7 @@ class Client:
         """Its buffer has dropped so many events."""
         self.missed += count
         self.daemon.on_missed(count)
-        if self.complain_at <= self.daemon.now:
-            self.complain_at = self.daemon.now + COMPLAIN_S
+        if self.daemon.rate_limit.allows("events", self.address, COMPLAIN_S, self.daemon.now):
             log.warning(f"{self.name}: loses events, it does not fetch them and its buffer of "
                         f"{counted(len(self.fifo), 'event')} is full")
 
@@ -2546,6 +2697,7 @@ class Daemon:
         self.discovery = Discovery(listener)
         self.systemd = Systemd(self.now)
         self.summary = Summary()                # with -d only
+        self.rate_limit = RateLimit()           # of warnings about clients
         self.set_views()
         self.reader.watch()
         if self.bus.netlink and self.bus.netlink.sock:
