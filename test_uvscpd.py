@@ -1683,7 +1683,7 @@ class ClientTest(DaemonTestCase):
 
 
 class StrangerTest(OwnDaemonTestCase):
-    """Whoever else connects: browsers, port scanners."""
+    """Whoever else connects: browsers, port scanners, health checks."""
 
     def say_hello(self, daemon: DaemonProcess, hello: bytes, size: int) -> list[str]:
         """What the daemon answers to this and to lines after it; all in pieces of this size."""
@@ -1733,15 +1733,56 @@ class StrangerTest(OwnDaemonTestCase):
             other_end.close()
             client.on_ready(uvscpd.READ)
             self.assertTrue(client.closed)
-            self.assertEqual([line for line in self.log if " after " not in line],
-                             [f"{client.name}: sent {NOT_HTTP}; disconnected, "
-                              "nothing of it was run"] * warnings)
+            self.assertEqual(self.log, [f"{client.name}: sent {NOT_HTTP}; disconnected, "
+                                        "nothing of it was run"] * warnings)
 
     def test_warnings_that_are_remembered_are_bounded(self) -> None:
         limit = uvscpd.RateLimit()
         count = sum(limit.allows("protocol", str(number), 60, 0.0) for number in range(3000))
         self.assertEqual((count, len(limit.again_at)), (1000, 1000))
         self.assertTrue(limit.allows("protocol", "5", 60, 60.0))
+
+    def test_health_checks_are_one_line_with_debug(self) -> None:
+        daemon = self.daemon_in_process()
+        for debugging, data, reset in itertools.product((False, True), (b"", b"no line en"),
+                                                        (False, True)):
+            if data and not reset:
+                continue                # at the end of its input it is a line
+            client, other_end = self.connect_in_process(daemon)
+            self.log.clear()
+            with self.subTest(debugging=debugging, data=data, reset=reset), \
+                    mock.patch.object(uvscpd.log, "debugging", debugging):
+                other_end.sendall(data)
+                client.on_ready(uvscpd.READ)
+                daemon.now += 0.9
+                daemon.tick()
+                if reset:
+                    other_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                         struct.pack("ii", 1, 0))
+                other_end.close()
+                client.on_ready(uvscpd.READ)
+                self.assertTrue(client.closed)
+                self.assertEqual(len(self.log), debugging, self.log)
+                self.assertRegex("".join(self.log), "disconnected after 0 s|^$")
+
+    def test_client_that_sends_a_line_is_logged(self) -> None:
+        client, other_end = self.connect_in_process(self.daemon_in_process())
+        self.assertEqual(self.log, [])
+        other_end.sendall(b"quit\n")
+        client.on_ready(uvscpd.READ)
+        self.assertEqual(self.log, [f"{client.name}: connected"])
+        client.close()
+        self.assertRegex(self.log[1], f"^{client.name}: disconnected after 0 s")
+
+    def test_client_that_is_silent_for_a_second_is_logged(self) -> None:
+        daemon, client = self.daemon_and_client_in_process()
+        for seconds, lines in ((0.9, []), (0.2, [f"{client.name}: connected"]), (9, [])):
+            self.log.clear()
+            daemon.now += seconds
+            daemon.tick()
+            self.assertEqual(self.log, lines)
+        client.close("gone")
+        self.assertRegex("".join(self.log), rf"^{client.name}: disconnected after 10 s.*; gone$")
 
 
 class SlowReaderTest(OwnDaemonTestCase):

@@ -1608,6 +1608,8 @@ PEER_GONE_S = 300               # a peer that has acknowledged nothing for so lo
 PEER_CHECK_S = 10
 COMPLAIN_S = 3600               # a client that misses events is logged once per hour
 NOT_VSCP_S = 60                 # an address that speaks another protocol, once per minute
+QUICK_S = 1.0                   # a connection that sends nothing and is closed within this time is
+                                # shown by -d only: a load balancer may try the port every second
 # Of struct tcp_info (linux/tcp.h)
 TCP_ESTABLISHED = 1             # its first byte; not once the peer has closed
 LAST_ACK_RECEIVED = 56          # the offset of a number of milliseconds
@@ -1779,6 +1781,7 @@ class Client:
         self.peer_closed_reading = False        # it takes no more
         # Deadlines
         self.connected_at = NEVER               # when it was let in; NEVER if it was refused
+        self.announced = False                  # whether the log says that it is connected
         self.stream_at = NEVER                  # from then on events are sent as they come
         self.sign_at = NEVER                    # the next sign of life is due
         self.resume_at = 0.0                    # no line runs before; NEVER: a SEND waits for room
@@ -1809,7 +1812,6 @@ class Client:
 
     def greet(self) -> None:
         """Let it in, and say who we are."""
-        log.info(f"{self.name}: connected")
         self.connected_at = self.daemon.now
         if not self.user.privilege:
             self.login_by = self.daemon.now + LOGIN_S
@@ -1824,6 +1826,11 @@ class Client:
         log.warning(f"{self.name}: refused: {reason}")
         self.write(refusal(reason))
         self.leave()
+
+    def announce(self) -> None:
+        """Log that it is connected: it has sent a line, or stays longer than a health check."""
+        self.announced = True
+        log.info(f"{self.name}: connected")
 
     # --- what the loop calls: on_ready (the socket), tick (the time), put (events) ---
 
@@ -1867,6 +1874,8 @@ class Client:
     def tick(self) -> None:
         """Do what is due: a sign of life, a line that waited, the end."""
         now = self.daemon.now
+        if not self.announced and self.connected_at + QUICK_S <= now and self.leave_by == NEVER:
+            self.announce()
         if self.sign_at <= now and not self.lines and self.resume_at <= now:
             # (else it would be taken for the reply that is due)
             self.sign_at = now + SIGN_OF_LIFE_S
@@ -1918,7 +1927,10 @@ class Client:
         self.peer_closed_writing = not data
         if self.leave_by == NEVER:
             # At the end of the input a last line counts without a line end.
-            self.lines.extend(self.reader.feed(data or b"\n" * bool(self.reader.partial)))
+            lines = self.reader.feed(data or b"\n" * bool(self.reader.partial))
+            if not self.announced and lines and not isinstance(lines[0], NotVscp):
+                self.announce()
+            self.lines.extend(lines)
 
     def run_lines(self) -> None:
         """Run some of the lines that have come; the other clients have their turn, too."""
@@ -2119,10 +2131,11 @@ class Client:
             waiting.clear()         # the client may live on as the sender of a frame under way
         self.daemon.on_closed(self)
         if self.connected_at < NEVER:
-            log.info(f"{self.name}: disconnected after "
-                     f"{duration_text(self.daemon.now - self.connected_at)}: "
-                     f"{counted(self.rx_frames, 'event')}, {self.missed} lost, "
-                     f"{self.tx_frames} sent" + (f"; {reason}" if reason else ""))
+            write = log.info if self.announced else log.debug
+            write(f"{self.name}: disconnected after "
+                  f"{duration_text(self.daemon.now - self.connected_at)}: "
+                  f"{counted(self.rx_frames, 'event')}, {self.missed} lost, "
+                  f"{self.tx_frames} sent" + (f"; {reason}" if reason else ""))
 
 
 # =============================================================================
