@@ -723,6 +723,7 @@ class OwnDaemonTestCase(unittest.TestCase):
     def connect_in_process(self, daemon: uvscpd.Daemon) -> tuple[uvscpd.Client, socket.socket]:
         """A client of a daemon in this process, and the client's end of the connection."""
         other_end = socket.create_connection(daemon.listener.getsockname(), TIMEOUT)
+        select.select([daemon.listener], [], [], TIMEOUT)   # until it can be accepted
         daemon.on_connection(0)
         self.addCleanup(other_end.close)
         return list(daemon.clients)[-1], other_end
