@@ -105,7 +105,13 @@ SHORT_TIMEOUT = 10              # seconds; for what takes one or less, more on a
 MEGABYTE = 1 << 20
 F_SETPIPE_SZ = 1031             # Python has it since 3.10
 ROWS = list(dict.fromkeys(uvscpd.COMMANDS.values()))      # commands, in HELP's order
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
+# Without what changes the daemon's output: whether its log goes to the journal, and colours.
+ENVIRONMENT = {name: value for name, value in os.environ.items()
+               if name not in ("JOURNAL_STREAM", "FORCE_COLOR", "NO_COLOR", "PYTHON_COLORS")}
+# Python with the options of this one: -W error -X dev -bb hold for the daemons, too.
+PYTHON = (sys.executable, *(f"-W{option}" for option in sys.warnoptions),
+          *(f"-X{name}" for name, value in sys._xoptions.items() if value is True),
+          *["-b"] * sys.flags.bytes_warning)
 
 needs_root = unittest.skipUnless(CAN and os.geteuid() == 0,
                                  "UVSCPD_TEST_CAN is not set, or this is not root")
@@ -126,8 +132,8 @@ def ipv6_works() -> bool:
 
 def run(*arguments: str, **popen: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments until it ends."""
-    return subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=TIMEOUT, **popen)
+    return subprocess.run([*PYTHON, *arguments], stdin=subprocess.DEVNULL, env=ENVIRONMENT,
+                          capture_output=True, encoding="utf-8", timeout=TIMEOUT, **popen)
 
 
 def changed_program(source: str) -> tuple[str, ...]:
@@ -155,7 +161,7 @@ class DaemonProcess:
             fcntl.fcntl(stderr, F_SETPIPE_SZ, 4096)
         with open(stderr, "wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *program, "-s", "-p", "0", "-c", BUS,
+                [*PYTHON, *program, "-s", "-p", "0", "-c", BUS,
                  *(["-i", ip] if ip else []), *arguments], stdin=subprocess.DEVNULL, stderr=file,
                 env={**ENVIRONMENT, **environment}, preexec_fn=prepare)
         self.stderr = open(read_end, encoding="utf-8")      # noqa: SIM115
@@ -3657,19 +3663,20 @@ class ProcessTest(OwnDaemonTestCase):
             daemon = DaemonProcess("--pidfile", str(file))
             self.addCleanup(daemon.process.kill)
             pid = daemon.process.pid
-            result = run(PROGRAM, "-s", "-p", "0", "-c", BUS, "--pidfile", str(file))
+            # -X dev warns of a socket that is left open.
+            result = run("-X", "dev", PROGRAM, "-s", "-p", "0", "-c", BUS, "--pidfile", str(file))
             self.assertEqual((result.returncode, result.stdout), (1, ""))
             self.assertRegex(result.stderr,
                              rf"\Auvscpd\.py: .*{file}: process {pid} is alive.*\n\Z")
-            self.assertEqual(file.read_text(), f"{pid}\n")
+            self.assertEqual(file.read_text(encoding="ascii"), f"{pid}\n")
             daemon.process.kill()               # it leaves its pid file, which must not matter
             daemon.process.wait()
-            file.write_text(f"{os.getpid()}\nand more")
+            file.write_text(f"{os.getpid()}\nand more", encoding="ascii")
             again = self.start("--pidfile", str(file))
-            self.assertEqual(file.read_text(), f"{again.process.pid}\n")
-            file.write_text("1\n")             # now another daemon's: it must stay
+            self.assertEqual(file.read_text(encoding="ascii"), f"{again.process.pid}\n")
+            file.write_text("1\n", encoding="ascii")   # now another daemon's: it must stay
             again.stop()
-            self.assertEqual(file.read_text(), "1\n")
+            self.assertEqual(file.read_text(encoding="ascii"), "1\n")
 
 
 # =============================================================================
@@ -3687,7 +3694,9 @@ class PortabilityTest(OwnDaemonTestCase):
         assert not missing & set(sys.modules), missing & set(sys.modules)
         sys.modules.update(dict.fromkeys(missing))      # importing them fails now
         del sys.argv[0]
-        exec(compile(open(sys.argv[0], encoding="utf-8").read(), sys.argv[0], "exec"))
+        with open(sys.argv[0], encoding="utf-8") as file:
+            source = file.read()
+        exec(compile(source, sys.argv[0], "exec"))
     """
 
     def test_isolated_and_without_site(self) -> None:
@@ -3702,8 +3711,9 @@ class PortabilityTest(OwnDaemonTestCase):
         if sys.version_info >= (3, 8):
             ast.parse(source, feature_version=(3, 6))
         self.assertNotIn("from __future__ import annotations", source)
-        result = run("-c", "import sys; sys.version_info = (3, 6); exec(open(sys.argv[1]).read())",
-                     PROGRAM)
+        result = run("-c", "import pathlib, sys; "
+                     "program = pathlib.Path(sys.argv[1]).read_text('utf-8'); "
+                     "sys.version_info = (3, 6); exec(program)", PROGRAM)
         self.assertEqual((result.stdout, result.stderr, result.returncode),
                          ("", "uvscpd.py: Python 3.7 or newer is needed\n", 1))
 
@@ -3829,7 +3839,7 @@ class ReadmeTest(OwnDaemonTestCase):
 
     def test_users(self) -> None:
         text, = re.findall("```\n(# name .*?)```", self.readme, re.S)
-        with tempfile.NamedTemporaryFile("w") as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             users, _ = uvscpd.read_users(file.name)
@@ -5128,7 +5138,7 @@ def run_soak(seconds: float, iface: str) -> None:
 # hangs. Without IFACE the daemon has the virtual bus and a client that sends, the
 # floor gets its frames as datagrams, and there is no node, so no questions.
 
-PYTHON = (sys.executable, "-s", "-S")       # without what this machine's site-packages load
+BARE_PYTHON = (sys.executable, "-s", "-S")      # without what the machine's site-packages load
 COLONS = 17                     # in an event line: 15 in the GUID, 2 in the datetime
 LONE_S = 0.03                   # after so long without a frame, the next one is a lone one
 FIGURES = (                     # what is measured, its unit, its limit by the stopwatch
@@ -5274,8 +5284,8 @@ def run_node(interface: str) -> None:
 
 def start_python(*arguments: str) -> tuple[subprocess.Popen[str], int]:
     """Start Python with these arguments, wait until it is ready; the process and its port."""
-    process = subprocess.Popen([*PYTHON, *arguments], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*BARE_PYTHON, *arguments], stdin=subprocess.PIPE, encoding="utf-8",
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None
     line = next((line for line in process.stderr if re.search("listening on|ready", line)), "")
     assert line, f"Python with {arguments} does not start"
@@ -5482,7 +5492,7 @@ def measure_commands(interface: str, amount: int, daemon: dict[str, float],
 def run_cpu_s(*arguments: str) -> float:
     """Seconds of CPU of Python with these arguments."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([*PYTHON, *arguments], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([*BARE_PYTHON, *arguments], stdout=subprocess.DEVNULL, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 

@@ -4027,11 +4027,14 @@ def serve(options: argparse.Namespace) -> int:
     os.umask(0o022)         # of the pid file
     pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
     what = f"listen on {options.ip or ALL_ADDRESSES} port {options.port}"
+    listener = None
     try:
         listener = listen(options.ip, options.port)
         what = f"write {options.pidfile}"
         descriptor = lock_pidfile(pidfile) if pidfile else None
     except OSError as error:
+        if listener:
+            listener.close()
         log.error(f"uvscpd.py: cannot {what}: {error.strerror}")
         return 1
     if options.logins.users:

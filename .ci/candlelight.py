@@ -7,6 +7,8 @@
     adapter.enter(BUS_OFF)                      # the controller changes its state
     adapter.unplug()
 
+    python3 candlelight.py PORT...              # plugs in an adapter at each of these ports
+
 It speaks USB/IP (Documentation/usb/usbip_protocol.rst) with the kernel's virtual host controller:
 needs root and the modules vhci-hcd and gs_usb, as under .ci/kernel. What the adapter does follows
 the firmware's sources (github.com/candle-usb/candleLight_fw) for a controller of the kind bxCAN.
@@ -19,6 +21,7 @@ import glob
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -123,13 +126,18 @@ class CandleLight:
 
     def plug_in(self) -> None:
         """Returns when the interface is there."""
+        self.attach()
+        wait_until(lambda: self.interface, "an interface")
+
+    def attach(self) -> None:
+        """Plug in; returns when the kernel has seen the device, be there a driver or not."""
         self.power_on()
         kernel, self.usb = socket.socketpair()
         with kernel, open(f"{VHCI}/attach", "w", encoding="ascii") as file:
             file.write(f"{self.port} {kernel.fileno()} {self.port + 1} {FULL_SPEED}")
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
-        wait_until(lambda: self.interface, "an interface")
+        wait_until(lambda: glob.glob(f"{VHCI}/usb*/*-{self.port + 1}"), "a device")
 
     def unplug(self, how: str = "cable") -> None:
         """Returns when it is gone. How: "cable", "detach" (orderly), "lost" (the server)."""
@@ -267,7 +275,8 @@ class CandleLight:
         if kind & 0x60:
             reply = self.on_gs_usb(request, data)
         elif request == 6:                      # GET_DESCRIPTOR
-            reply = DESCRIPTORS.get(value)
+            serial_number = text_descriptor(f"{self.port + 1:012}")
+            reply = serial_number if value == 0x303 else DESCRIPTORS.get(value)
         elif kind & 0x80:                       # GET_STATUS, GET_CONFIGURATION
             reply = b"\1\0"
         if reply is None:
@@ -346,5 +355,12 @@ DESCRIPTORS = {
                   7, 5, 0x81, 2, 32, 0, 0, 7, 5, 0x02, 2, 32, 0, 0]),
     0x300: bytes([4, 3, 9, 4]),                 # English
     0x301: text_descriptor("bytewerk"),
-    0x302: text_descriptor("candleLight USB to CAN adapter"),
-    0x303: text_descriptor("000000000001")}
+    0x302: text_descriptor("candleLight USB to CAN adapter")}
+
+
+if __name__ == "__main__":
+    adapters = [CandleLight(port=int(port)) for port in sys.argv[1:]]
+    for adapter in adapters:
+        adapter.attach()
+    for adapter in adapters:
+        adapter.thread.join()                   # until this process is ended, or the port detached

@@ -5,7 +5,8 @@
 #
 # The machine starts twice.  The first time a user installs everything, with the texts below, which are README's; the
 # second time everything has to start by itself.  The daemon is on can0; can1 is another controller on the same bus,
-# where candump is the witness and cansend plays a node.
+# where candump is the witness and cansend plays a node.  There are three USB adapters, too: .link files call two of
+# them vscpbus0 and vscpbus1, whatever the kernel has called them, and the other one keeps its name.
 
 set -euo pipefail
 
@@ -14,6 +15,7 @@ exec >/dev/virtio-ports/output 2>&1 </dev/null
 
 limit=60                                    # seconds; what takes longer has failed
 unit=uvscpd
+ip_guid=FF:FF:FF:FF:FF:FF:FF:FD:A:0:2:F     # of the machine, with -g ip
 zeros=0:0:0:0:0:0:0:0:0:0:0:0:0:0:0         # a GUID but for its last byte
 job=/job
 
@@ -25,6 +27,7 @@ finish() {
     if [ "$status" != 0 ]; then
         systemctl --no-pager --lines=0 status "$unit" || true
         echo "The end of the journal:"
+        ip -details link show | sed 's/^/  /'
         journalctl --boot --no-pager --lines=40 | sed 's/^/  /'
     fi
     journalctl --sync
@@ -55,10 +58,10 @@ install='sudo install -m 755 uvscpd.py /usr/local/bin/
 sudo install -m 644 uvscpd.service /etc/systemd/system/
 sudo systemctl enable --now uvscpd'
 
-can_rule='sudo tee /etc/udev/rules.d/80-can.rules <<'\''EOF'\''
-SUBSYSTEM=="net", ACTION=="add", KERNEL=="can*", RUN+="/sbin/ip link set %k up type can bitrate 125000 restart-ms 100"
+can_rule='sudo tee /etc/udev/rules.d/90-can.rules <<'\''EOF'\''
+SUBSYSTEM=="net", ACTION=="add", ATTR{type}=="280", KERNEL!="vcan*|vxcan*", RUN+="/sbin/ip link set $name type can bitrate 125000", RUN+="/sbin/ip link set $name type can restart-ms 100", RUN+="/sbin/ip link set $name up"
 EOF
-sudo udevadm control --reload && sudo udevadm trigger --action=add --sysname-match='\''can*'\'
+sudo udevadm control --reload && sudo udevadm trigger --action=add --subsystem-match=net --attr-match=type=280'
 
 second_bus="sed 's/can0/can1/g; s/--stay/--stay --port 8599/' uvscpd.service | sudo tee /etc/systemd/system/uvscpd-can1.service
 sudo systemctl enable --now uvscpd-can1"
@@ -76,6 +79,14 @@ ExecStart=
 ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can0 @%d/uvscpd
 EOF
 sudo systemctl daemon-reload && sudo systemctl restart uvscpd'
+
+online='sudo mkdir -p /etc/systemd/system/uvscpd.service.d
+sudo tee /etc/systemd/system/uvscpd.service.d/online.conf <<'\''EOF'\''
+[Unit]
+Wants=network-online.target
+After=network-online.target
+EOF
+sudo systemctl daemon-reload'
 
 upgrade='sudo install -m 755 uvscpd.py /usr/local/bin/ && sudo systemctl restart uvscpd'
 
@@ -103,7 +114,17 @@ logged() {  # PRIORITY WORDS
 forget() { since=@$EPOCHREALTIME; }
 
 restarted() {  # PID: the daemon is ready again, as another process
-    active "$unit" && [ "$(property MainPID)" != "$1" ]
+    local pid
+    pid=$(property MainPID)
+    [ "$pid" != "$1" ] && [ "$pid" != 0 ] && active "$unit"
+}
+
+waits() {  # WHAT [UNIT]: the first that it has said of the bus is that it waits, as information, and it said so once
+    local said
+    said=$(journalctl --quiet --boot --output json --output-fields PRIORITY,MESSAGE \
+        "_SYSTEMD_INVOCATION_ID=$(property InvocationID "${2:-$unit}")" | grep -E 'waiting: |interface ')
+    [[ $(head -n 1 <<<"$said") = *"waiting: $1"* && $(head -n 1 <<<"$said") = *'"PRIORITY":"6"'* &&
+        $(grep -c 'waiting: ' <<<"$said") = 1 ]] || fail "what it says of the bus: $said"
 }
 
 
@@ -179,6 +200,56 @@ link_up() { [[ $(ip link show "$1") = *[\<,]UP[,\>]* ]]; }
 link_down() { ! link_up "$1"; }
 
 
+# USB adapters
+
+plug_in() {  # PORT...
+    python3 "$job/candlelight.py" "$@" &
+    adapters=$!
+}
+
+unplug() {
+    kill "$adapters"
+    wait "$adapters" || true
+    await 20 "the adapters are still there" no_adapters
+}
+
+no_adapters() { [ -z "$(ls -d /sys/bus/usb/drivers/gs_usb/*:* 2>/dev/null)" ]; }
+
+find_adapter() {  # PORT PATTERN: it has a name like that, which is then in name
+    for name in $(cd /sys/class/net && echo $2); do
+        # The serial number tells the port.
+        [ "$(cat "/sys/class/net/$name/device/../serial" 2>/dev/null)" != "$(printf %012d $(($1 + 1)))" ] || return 0
+    done
+    return 1
+}
+
+named() {  # PORT NAME: udev is to call that adapter so
+    printf '%s\n' '[Match]' "Property=ID_SERIAL_SHORT=$(printf %012d $(($1 + 1)))" '' '[Link]' "Name=$2" \
+        >"/etc/systemd/network/10-$2.link"
+}
+
+is_up() {  # NAME: brought up by README's rule
+    await 20 "$1 is not up" link_up "$1"
+    [[ $(ip -details link show "$1") = *"bitrate 125000"* ]] || fail "the bit rate of $1 is wrong"
+}
+
+all_are_up() {
+    local name port=0 pattern
+    for pattern in 'can*' vscpbus0 vscpbus1; do
+        await 20 "the adapter at port $port is not called $pattern" find_adapter "$port" "$pattern"
+        is_up "$name"
+        port=$((port + 1))
+    done
+}
+
+works() {  # PORT NAME: so does the daemon on this interface
+    connect "$1"
+    [[ $line = *"$2"* ]] || fail "greeting: $line"
+    await 20 "SEND does not work" sends
+    disconnect
+}
+
+
 # The first start: a user installs it all
 
 home=/home/somebody
@@ -190,25 +261,65 @@ if [ "$(<"$job/start")" = 1 ]; then
     active "$unit" || fail "it is not active"
     systemctl --quiet is-enabled "$unit" || fail "it is not enabled"
     await 10 "STATUS: $(property StatusText)" status_text "can0: *"
+    waits "interface can0 is down, try: ip link set can0 up type can bitrate 125000"
 
-    step "... and has can0 and can1 brought up by udev, while systemd-networkd runs the network"
+    step "... has USB adapters, some of which get a name of their own"
+    named 1 vscpbus0
+    named 2 vscpbus1
+    udevadm control --reload
+    modprobe vhci-hcd
+    plug_in 0 1 2
+    for name in can2 vscpbus0 vscpbus1; do
+        await 20 "there is no $name" [ -e "/sys/class/net/$name" ]
+        link_down "$name" || fail "$name is up already"
+    done
+
+    step "... and has all of them brought up by udev, while systemd-networkd runs the network"
     active systemd-networkd || fail "systemd-networkd does not run"
     link_down can0 || fail "it is up already"
     user "$can_rule"
     for name in can0 can1; do
-        await 20 "$name is not up" link_up "$name"
-        [[ $(ip -details link show "$name") = *"bitrate 125000"* ]] || fail "the bit rate of $name is wrong"
+        is_up "$name"
         [[ $(ip -details link show "$name") = *"restart-ms 100"* ]] || fail "restart-ms of $name is wrong"
     done
+    all_are_up
     await 10 "STATUS: $(property StatusText)" status_text "can0: OK*"
 
-    step "... and a second daemon on can1"
+    step "... and a second daemon on can1, a third one on vscpbus0"
     user "$second_bus"
     active uvscpd-can1 || fail "it is not active"
     connect 8599
     [[ $line = *can1* ]] || fail "greeting: $line"
     disconnect
+    user "${online//uvscpd.service/uvscpd-can1.service}"        # for the second start
+    printf '%s\n' '[Service]' 'ExecStart=' \
+        'ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can1 --port 8599 -g ip' \
+        >/etc/systemd/system/uvscpd-can1.service.d/guid.conf
+    third_bus=${second_bus//can1/vscpbus0}
+    user "${third_bus/8599/8600}"
+    works 8600 vscpbus0
 
+    step "the USB adapters are unplugged, and plugged in again in another order: udev brings them up"
+    unplug
+    plug_in 2 1 0
+    all_are_up
+    works 8600 vscpbus0
+
+    # From now on the machine starts with them.  The cards' driver comes first, as the names depend on the order.
+    cat >/etc/systemd/system/adapters.service <<UNIT
+[Unit]
+DefaultDependencies=no
+Before=systemd-udevd.service systemd-udev-trigger.service
+
+[Service]
+ExecStartPre=/sbin/modprobe -a kvaser_pci vhci-hcd
+ExecStart=/usr/bin/python3 $job/candlelight.py 0 1 2
+ExecStartPost=/bin/sh -c 'until ls -d /sys/devices/platform/vhci_hcd.0/usb*/*-3; do sleep 0.1; done'
+
+[Install]
+WantedBy=sysinit.target
+UNIT
+    systemctl --quiet enable adapters
     exit 0
 fi
 
@@ -219,6 +330,21 @@ step "second start: the daemon runs on can0, which is up"
 await "$limit" "it is not active" active "$unit"
 await 20 "STATUS: $(property StatusText)" status_text "can0: OK*"
 link_up can0 || fail "can0 is down"
+
+step "the USB adapters are up"
+all_are_up
+works 8600 vscpbus0
+
+step "... and when they are plugged in later"
+systemctl stop adapters
+await 20 "the adapters are still there" no_adapters
+systemctl restart uvscpd-vscpbus0
+waits "interface vscpbus0: No such device" uvscpd-vscpbus0
+plug_in 2 1 0
+all_are_up
+works 8600 vscpbus0
+systemctl stop uvscpd-vscpbus0
+unplug
 
 step "the start did not wait for can0"
 await "$limit" "network-online.target is not reached" active network-online.target
@@ -277,9 +403,12 @@ echo "$device" >/sys/bus/pci/drivers/kvaser_pci/bind
 await 20 "can1 does not come back" [ -e /sys/class/net/can1 ]
 await 20 "can1 is not up" link_up can1
 
-step "the second daemon sees the same bus"
+step "the second daemon sees the same bus; for -g ip it has waited for an address"
+property_is NRestarts 0 uvscpd-can1 || fail "it was started $(property NRestarts uvscpd-can1) times again"
 connect 8599
 [[ $line = *can1* ]] || fail "greeting: $line"
+ask ggid
+[[ ${reply[0]} = "$ip_guid":* ]] || fail "GUID: ${reply[0]}"
 await 10 "SEND does not work again" sends
 ask clra
 cansend can0 0C0A0605#8A
@@ -360,11 +489,11 @@ own_guid() {  # mac|ip GUID: what -g gives, with the channel id and two zeros be
 step "-g mac"
 own_guid mac FF:FF:FF:FF:FF:FF:FF:FE:52:54:0:12
 step "-g ip"
-own_guid ip FF:FF:FF:FF:FF:FF:FF:FD:A:0:2:F
+own_guid ip "$ip_guid"
 
 step "README shows the texts used here"
 readme=$(<"$job/README.md")
-for name in install can_rule second_bus password upgrade; do
+for name in install can_rule second_bus password online upgrade; do
     text=${!name}
     # shellcheck disable=SC2001     # its lines that are not empty, indented
     indented=$(sed 's/./    &/' <<<"$text")
