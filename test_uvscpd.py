@@ -1077,7 +1077,7 @@ nobody   nothing     0
 
 
 # =============================================================================
-# 6. Bus
+# 6. Network interfaces, 7. Bus
 # =============================================================================
 # Room on the virtual bus, who sent the frames that come back, error frames.
 
@@ -1460,7 +1460,7 @@ class LinkTest(unittest.TestCase):
 
 
 # =============================================================================
-# 7. Client
+# 8. Client
 # =============================================================================
 # From bytes to command lines, and how connections begin and end.
 
@@ -1927,7 +1927,7 @@ class LeavingTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 8. Commands
+# 9. Commands
 # =============================================================================
 # Each row of README's table of commands: names, arguments, replies.
 
@@ -2359,7 +2359,7 @@ class AccessTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 9. Daemon
+# 10. Daemon, 11. Services beside the loop
 # =============================================================================
 # Who gets which event, when, who has to wait, and the limits.
 
@@ -2976,7 +2976,7 @@ class SystemdTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 10. What -d shows
+# 12. What -d shows
 # =============================================================================
 # From a frame to its names and to what its data says.
 
@@ -3215,7 +3215,7 @@ class MeaningTest(unittest.TestCase):
 
 
 # =============================================================================
-# 11. Options
+# 13. Options
 # =============================================================================
 # Arguments, files of arguments and of users, GUIDs from the addresses of this machine.
 
@@ -3457,7 +3457,7 @@ class ArgumentTest(OwnDaemonTestCase):
 
 
 # =============================================================================
-# 12. Start and end
+# 14. Start and end
 # =============================================================================
 # Exit status, messages, signals, detaching.
 

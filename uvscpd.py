@@ -27,10 +27,10 @@ A session with `python3 uvscpd.py -s -c :virtual:` and netcat:
     +OK - bye
 
 Read the file from top to bottom. Sections 2 to 5 are pure: text and bytes in,
-values out. The bus is section 6, a connection section 7, what a client can ask for
-section 8, and the loop that joins them section 9. Section 10 is what runs beside the
-loop, section 11 what -d says about events, 12 and 13 the command line, the start and
-the end. A class writes only its own attributes; the commands of section 8 are the one
+values out. The bus is sections 6 and 7, a connection section 8, what a client can ask
+for section 9, and the loop that joins them section 10. Section 11 is what runs beside
+the loop, 12 what -d says about events, 13 and 14 are the command line, the start and
+the end. A class writes only its own attributes; the commands of section 9 are the one
 exception. Times in comments are of a processor of 250 MIPS, a small Raspberry Pi's.
 """
 
@@ -735,91 +735,10 @@ class Logins:
 
 
 # =============================================================================
-# 6. Bus
+# 6. Network interfaces
 # =============================================================================
-# Sends and receives frames, and knows how the bus is doing. Knows clients only as
-# senders of frames. What the system reports (OSError) becomes advice here.
-
-# Linux, from linux/can/raw.h and asm-generic/socket.h; Python does not name them.
-CAN_RAW_ERR_FILTER = 2
-SO_RCVBUFFORCE = 33
-SO_TIMESTAMPNS_OLD = 35         # two C longs
-SO_TIMESTAMPNS_NEW = 64         # two 64-bit integers, whatever the word size (Linux 5.1)
-TIMESTAMP = {SO_TIMESTAMPNS_NEW: struct.Struct("=qq"), SO_TIMESTAMPNS_OLD: struct.Struct("@ll")}
-ANCILLARY_SIZE = 64             # bytes; a timestamp needs 32
-SO_MEMINFO = 55                 # nine 32-bit numbers, the last: frames dropped (Linux 4.12)
-MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
-
-RECEIVE_BUFFER = 2 << 20        # bytes of kernel buffer to ask for; the kernel takes it twice
-FRAME_COST = 960                # bytes of it that a frame takes at most
-FRAME_BITS = 131                # of an extended frame with 8 data bytes, with the gap after it
-BIT_RATE = 125000               # of VSCP nodes
-# Queues that report when they have no room; others drop frames silently.
-HONEST_QUEUES = ("noqueue", "noop", "pfifo_fast", "pfifo", "bfifo", "mq")
-START_WAIT_S = 0.5              # for the kernel's first answer about the interface
-START_S = 10.0                  # so long after the start a missing interface is no trouble yet
-NO_ERRORS_S = 10.0              # without error frames: where the kernel does not tell, all is well
-FRAMES_IN_KERNEL = 8000         # more frames than fit into it: reading this many empties it
-SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
-MAX_UNDER_WAY = 1000            # own frames that have not come back
-MAX_OVERTAKEN = 64              # places by which a controller with several mailboxes mixes them
-
-# The first four are the kernel's (enum can_state). UNUSABLE: no usable interface.
-WELL, WARNING, PASSIVE, BUS_OFF, UNUSABLE = range(5)
-CAN_STATES = ["error active", "error warning", "error passive", "bus off", "stopped", "sleeping"]
-
-
-# How the bus is doing, as INFO answers it. status: WELL to UNUSABLE. code: error classes of
-# linux/can/error.h; UNUSABLE: an errno. subcode: state of the controller, data[1] of an error
-# frame. advice: what helps, a command to type where there is one.
-BusState = namedtuple("BusState", "status code subcode text advice")
-BUS_WELL = BusState(WELL, 0, 0, "OK", "")
-
-
-def state_text(state: BusState) -> str:
-    """What is wrong with the bus and what helps, for a person."""
-    return f"{state.text}, try: {state.advice}" if state.advice else str(state.text)
-
-
-ERR_TX_TIMEOUT = 0x001          # error classes
-ERR_CRTL = 0x004                # state of the controller, in data[1]
-ERR_ACK = 0x020
-ERR_BUSOFF = 0x040
-ERR_RESTARTED = 0x100
-CRTL_RX_OVERFLOW = 0x01         # data[1] of ERR_CRTL
-
-ACTIVE = (ERR_CRTL, 0x40, WELL, "OK", "active")
-
-# What error frames mean (linux/can/error.h): error class, bit of data[1] (0: any), the status of
-# the bus (None: it stays), what INFO says of it, what -d says. The first row with a status counts.
-ERRORS = (
-    (ERR_BUSOFF, 0, BUS_OFF, "bus off", "bus off"),
-    (ERR_RESTARTED, 0, WELL, "OK", "restarted"),
-    (ERR_CRTL, 0x10, PASSIVE, "error passive", "receive passive"),      # more than 127 errors
-    (ERR_CRTL, 0x20, PASSIVE, "error passive", "transmit passive"),
-    (ERR_CRTL, 0x04, WARNING, "error warning", "receive warning"),      # more than 96
-    (ERR_CRTL, 0x08, WARNING, "error warning", "transmit warning"),
-    ACTIVE,
-    (ERR_CRTL, CRTL_RX_OVERFLOW, None, "", "receive overflow"),
-    (ERR_CRTL, 0x02, None, "", "transmit overflow"),
-    (ERR_ACK, 0, WARNING, "nobody acknowledges", "nobody acknowledges"),
-    (ERR_TX_TIMEOUT, 0, WARNING, "transmit timeout", "transmit timeout"),
-    (0x002, 0, None, "", "lost arbitration"),
-    (0x008, 0, None, "", "protocol violation"),
-    (0x010, 0, None, "", "transceiver"),
-    (0x080, 0, None, "", "bus error"),
-)
-STATUS_ERRORS = sum({row[0] for row in ERRORS if row[2] is not None})   # asked of the kernel
-KNOWN_ERRORS = sum({row[0] for row in ERRORS})
-NO_SUPPORT = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EPFNOSUPPORT)     # of CAN
-ERR_COUNTERS = 0x200            # data[6] and [7] are the error counters, sending and receiving
-
-
-def errors_in(can_id: int, data: bytes) -> "list[tuple[int, int, int | None, str, str]]":
-    """The rows of ERRORS that are in an error frame."""
-    controller = data[1] if len(data) > 1 else 0
-    return [row for row in ERRORS if can_id & row[0] and (not row[1] or controller & row[1])]
-
+# What the kernel says of them by rtnetlink: is the interface there, and CAN, and up;
+# its bit rate, the state of its controller, its queue. Up to Netlink it is pure.
 
 # What the kernel says of a network interface (rtnetlink(7); linux/if_link.h, linux/can/netlink.h).
 # What it does not say is None: a vcan has neither bit rate nor state.
@@ -992,6 +911,93 @@ class Netlink:
                     found.append(message)
                 data = data[max(NLMSG.size, size + 3 & ~3):]
         return found
+
+
+# =============================================================================
+# 7. Bus
+# =============================================================================
+# Sends and receives frames, and knows how the bus is doing. Knows clients only as
+# senders of frames. What the system reports (OSError) becomes advice here.
+
+# Linux, from linux/can/raw.h and asm-generic/socket.h; Python does not name them.
+CAN_RAW_ERR_FILTER = 2
+SO_RCVBUFFORCE = 33
+SO_TIMESTAMPNS_OLD = 35         # two C longs
+SO_TIMESTAMPNS_NEW = 64         # two 64-bit integers, whatever the word size (Linux 5.1)
+TIMESTAMP = {SO_TIMESTAMPNS_NEW: struct.Struct("=qq"), SO_TIMESTAMPNS_OLD: struct.Struct("@ll")}
+ANCILLARY_SIZE = 64             # bytes; a timestamp needs 32
+SO_MEMINFO = 55                 # nine 32-bit numbers, the last: frames dropped (Linux 4.12)
+MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
+
+RECEIVE_BUFFER = 2 << 20        # bytes of kernel buffer to ask for; the kernel takes it twice
+FRAME_COST = 960                # bytes of it that a frame takes at most
+FRAME_BITS = 131                # of an extended frame with 8 data bytes, with the gap after it
+BIT_RATE = 125000               # of VSCP nodes
+# Queues that report when they have no room; others drop frames silently.
+HONEST_QUEUES = ("noqueue", "noop", "pfifo_fast", "pfifo", "bfifo", "mq")
+START_WAIT_S = 0.5              # for the kernel's first answer about the interface
+START_S = 10.0                  # so long after the start a missing interface is no trouble yet
+NO_ERRORS_S = 10.0              # without error frames: where the kernel does not tell, all is well
+FRAMES_IN_KERNEL = 8000         # more frames than fit into it: reading this many empties it
+SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
+MAX_UNDER_WAY = 1000            # own frames that have not come back
+MAX_OVERTAKEN = 64              # places by which a controller with several mailboxes mixes them
+
+# The first four are the kernel's (enum can_state). UNUSABLE: no usable interface.
+WELL, WARNING, PASSIVE, BUS_OFF, UNUSABLE = range(5)
+CAN_STATES = ["error active", "error warning", "error passive", "bus off", "stopped", "sleeping"]
+
+
+# How the bus is doing, as INFO answers it. status: WELL to UNUSABLE. code: error classes of
+# linux/can/error.h; UNUSABLE: an errno. subcode: state of the controller, data[1] of an error
+# frame. advice: what helps, a command to type where there is one.
+BusState = namedtuple("BusState", "status code subcode text advice")
+BUS_WELL = BusState(WELL, 0, 0, "OK", "")
+
+
+def state_text(state: BusState) -> str:
+    """What is wrong with the bus and what helps, for a person."""
+    return f"{state.text}, try: {state.advice}" if state.advice else str(state.text)
+
+
+ERR_TX_TIMEOUT = 0x001          # error classes
+ERR_CRTL = 0x004                # state of the controller, in data[1]
+ERR_ACK = 0x020
+ERR_BUSOFF = 0x040
+ERR_RESTARTED = 0x100
+CRTL_RX_OVERFLOW = 0x01         # data[1] of ERR_CRTL
+
+ACTIVE = (ERR_CRTL, 0x40, WELL, "OK", "active")
+
+# What error frames mean (linux/can/error.h): error class, bit of data[1] (0: any), the status of
+# the bus (None: it stays), what INFO says of it, what -d says. The first row with a status counts.
+ERRORS = (
+    (ERR_BUSOFF, 0, BUS_OFF, "bus off", "bus off"),
+    (ERR_RESTARTED, 0, WELL, "OK", "restarted"),
+    (ERR_CRTL, 0x10, PASSIVE, "error passive", "receive passive"),      # more than 127 errors
+    (ERR_CRTL, 0x20, PASSIVE, "error passive", "transmit passive"),
+    (ERR_CRTL, 0x04, WARNING, "error warning", "receive warning"),      # more than 96
+    (ERR_CRTL, 0x08, WARNING, "error warning", "transmit warning"),
+    ACTIVE,
+    (ERR_CRTL, CRTL_RX_OVERFLOW, None, "", "receive overflow"),
+    (ERR_CRTL, 0x02, None, "", "transmit overflow"),
+    (ERR_ACK, 0, WARNING, "nobody acknowledges", "nobody acknowledges"),
+    (ERR_TX_TIMEOUT, 0, WARNING, "transmit timeout", "transmit timeout"),
+    (0x002, 0, None, "", "lost arbitration"),
+    (0x008, 0, None, "", "protocol violation"),
+    (0x010, 0, None, "", "transceiver"),
+    (0x080, 0, None, "", "bus error"),
+)
+STATUS_ERRORS = sum({row[0] for row in ERRORS if row[2] is not None})   # asked of the kernel
+KNOWN_ERRORS = sum({row[0] for row in ERRORS})
+NO_SUPPORT = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EPFNOSUPPORT)     # of CAN
+ERR_COUNTERS = 0x200            # data[6] and [7] are the error counters, sending and receiving
+
+
+def errors_in(can_id: int, data: bytes) -> "list[tuple[int, int, int | None, str, str]]":
+    """The rows of ERRORS that are in an error frame."""
+    controller = data[1] if len(data) > 1 else 0
+    return [row for row in ERRORS if can_id & row[0] and (not row[1] or controller & row[1])]
 
 
 def status_of(link: Link) -> "int | None":
@@ -1572,7 +1578,7 @@ class Bus:
 
 
 # =============================================================================
-# 7. Client
+# 8. Client
 # =============================================================================
 # A connection, from greeting to close. It never blocks, and only the commands write
 # into it from outside.
@@ -2139,7 +2145,7 @@ class Client:
 
 
 # =============================================================================
-# 8. Commands
+# 9. Commands
 # =============================================================================
 # To add a command, write a function with its row above it (and a line in README's table):
 # the names, the privilege, the arguments as HELP shows them, and what it does. HELP
@@ -2459,7 +2465,7 @@ def do_unsupported(_client: Client, *_arguments: str) -> str:
 
 
 # =============================================================================
-# 9. Daemon
+# 10. Daemon
 # =============================================================================
 # The loop joins bus and clients. Each turn begins with reading the clock (`now`) and then
 # calls what is ready and what is due.
@@ -2930,7 +2936,7 @@ class Daemon:
 
 
 # =============================================================================
-# 10. Services beside the loop
+# 11. Services beside the loop
 # =============================================================================
 # What a node may ask for on the bus, and what systemd hears. Neither knows the daemon:
 # times and texts are passed in.
@@ -3034,7 +3040,7 @@ class Systemd:
 
 
 # =============================================================================
-# 11. What -d shows
+# 12. What -d shows
 # =============================================================================
 # What an event says, for people who watch the bus with -d: from a frame to one line
 # of printable ASCII. The protocol needs none of it, so the tables stay text until
@@ -3534,7 +3540,7 @@ class Summary:
 
 
 # =============================================================================
-# 12. Options
+# 13. Options
 # =============================================================================
 # Checks all that can be checked before anything starts. A wrong value is one line on
 # stderr and exit status 2. To add an option, add it to its group in parse_arguments.
@@ -3870,7 +3876,7 @@ def place_of_error(parser: Parser, expanded: "list[tuple[str, str]]", message: s
 
 
 # =============================================================================
-# 13. Start and end
+# 14. Start and end
 # =============================================================================
 # Listens, detaches, serves. What the system refuses is one line and exit status 1.
 
