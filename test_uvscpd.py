@@ -878,11 +878,19 @@ class EventTest(DaemonTestCase):
                 can_id, data = uvscpd.parse_event(expand(sent))[:2]
                 self.assertEqual(f"{can_id:08X}#{data.hex()}", frame)
 
+    def test_more_ids_than_are_kept(self) -> None:
+        event_lines = uvscpd.EventLines(FIFTEEN)
+        frames = [(can_id, b"", 1795390139, 0, None) for can_id in (0, 1, 2, 0, 256, 1, 2, 0)]
+        with mock.patch.object(uvscpd, "MAX_ID_TEXTS", 2):
+            lines = event_lines.of(frames)[0]
+        self.assertEqual(lines, [uvscpd.EventLines(FIFTEEN).of([frame])[0][0] for frame in frames])
+        self.assertLessEqual(len(event_lines.id_texts), 2)
+
     def test_frame_to_event_line(self) -> None:
         for _, frame, seen in EVENTS:
             with self.subTest(frame):
-                lines = uvscpd.format_events([(*parse_frame(frame), 1795390139, 810025999, None)],
-                                             uvscpd.format_guid(bytes(15)))
+                lines = uvscpd.EventLines(FIFTEEN).of(
+                    [(*parse_frame(frame), 1795390139, 810025999, None)])[0]
                 line = seen.replace("*,#", "2026-11-22T23:28:59Z,3615768809")    # of 32 bits
                 self.assertEqual(lines, [expand(line) + "\r\n"])
 
@@ -3826,7 +3834,7 @@ class ReadmeTest(OwnDaemonTestCase):
         microseconds = (int(timestamp) - seconds * 1000000) % (1 << 32)
         self.assertLess(microseconds, 1000000)
         frame = can_id, data, seconds, microseconds * 1000, None
-        self.assertEqual(uvscpd.format_events([frame], uvscpd.format_guid(bytes(15))),
+        self.assertEqual(uvscpd.EventLines(FIFTEEN).of([frame])[0],
                          [line + "\r\n"])
 
     def test_users(self) -> None:
