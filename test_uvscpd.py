@@ -500,8 +500,9 @@ def idle(daemon: DaemonProcess) -> Iterator[None]:
 
 def watched(daemon: uvscpd.Daemon) -> tuple[bool, bool]:
     """Whether the selector watches the bus for frames, and for room."""
-    sockets = daemon.selector.watched
-    return daemon.bus.sock in sockets, daemon.bus.out in sockets
+    frames, room = (sock is not None and sock.fileno() in daemon.selector.watched
+                    for sock in (daemon.bus.sock, daemon.bus.out))
+    return frames, room
 
 
 def number_text(number: int) -> str:
@@ -1327,7 +1328,7 @@ class LinkTest(unittest.TestCase):
         elif what[0] == "s":
             bus.health.reported_at -= 10
         else:
-            bus.on_unusual(uvscpd.EFF_FLAG | 1, b"", [], uvscpd.MSG_CONFIRM * (what == "c"))
+            bus.on_unusual(uvscpd.pack_frame(1, b""), [], uvscpd.MSG_CONFIRM * (what == "c"))
 
     def test_histories(self) -> None:
         for history in self.HISTORIES:
@@ -1446,10 +1447,11 @@ class LinkTest(unittest.TestCase):
             self.assertEqual(bus.health.state.status, status, link)
 
     def test_time_in_the_form_that_is_in_force(self) -> None:
+        frame = uvscpd.pack_frame(5, b"ab")
         for old_form, data in ((0, struct.pack("=qq", 7, 9)), (1, struct.pack("@ll", 7, 9))):
             bus = self.bus()
             bus.set_options(mock.Mock(getsockopt=mock.Mock(return_value=old_form)))
-            self.assertEqual(bus.unpack_time(data), (7, 9))
+            self.assertEqual(bus.unpack(frame + data), (*uvscpd.unpack_frame(frame), 7, 9))
 
     def test_Python_without_SocketCAN(self) -> None:
         for error in AttributeError("CAN_RAW"), OSError("unknown address family"):
@@ -1812,8 +1814,7 @@ class SlowReaderTest(OwnDaemonTestCase):
             if client.stream_at < uvscpd.NEVER:
                 client.put(lines, "".join(lines).encode(), 4000)
                 other_end.recv(1 << 16)
-                for key, mask in daemon.selector.select(0):
-                    key.data(mask)
+                daemon.selector.call(daemon.selector.poll(0))
         self.assertEqual(client.stream_at, uvscpd.NEVER)
 
     def test_slow_reader_that_leaves_has_time(self) -> None:
@@ -1905,7 +1906,7 @@ class LeavingTest(OwnDaemonTestCase):
         for milliseconds, gone in ((299999, False), (300001, True)):
             daemon, client = self.daemon_and_client_in_process()
             info = bytes(56) + struct.pack("=I", milliseconds) + bytes(4)
-            with mock.patch.object(client, "tcp_info", return_value=info):
+            with mock.patch.object(uvscpd.Client, "tcp_info", return_value=info):
                 for seconds, closed in ((9, False), (2, gone)):
                     daemon.now += seconds
                     client.tick()
@@ -2658,9 +2659,60 @@ class TurnTest(OwnDaemonTestCase):
     def test_nothing_is_sent_for_own_events(self) -> None:
         daemon = self.daemon_in_process()
         (client, _), (other, _) = self.connect_in_process(daemon), self.connect_in_process(daemon)
-        with mock.patch.object(client, "put") as own, mock.patch.object(other, "put") as others:
+        with mock.patch.object(uvscpd.Client, "put", autospec=True) as put:
             daemon.hand_out([(0x0C140300, b"", 0, 0, client)])
-        self.assertEqual((own.called, others.called), (False, True))
+        self.assertEqual([call[0][0] for call in put.call_args_list], [other])
+
+
+class SelectorTest(OwnDaemonTestCase):
+    """What waits for sockets: epoll, and where there is none, poll or select."""
+
+    KINDS = (selectors.DefaultSelector, selectors.PollSelector, selectors.SelectSelector)
+
+    def test_watch_and_forget(self) -> None:
+        for kind in self.KINDS:
+            with self.subTest(kind), mock.patch.object(selectors, "DefaultSelector", kind):
+                selector = uvscpd.Selector()
+                one, other = socket.socketpair()
+                action = mock.Mock()
+                other.send(b"!")
+                for events, called in ((1, [1]), (2, [2]), (3, [3]), (0, []), (1, [1])):
+                    selector.watch(one, events, action)
+                    selector.call(selector.poll(0))
+                    self.assertEqual([call[0][0] for call in action.call_args_list], called)
+                    action.reset_mock()
+                selector.forget(one)
+                self.assertEqual(selector.poll(0), [])
+                for thing in (selector, one, other):
+                    thing.close()
+
+    def test_socket_that_is_closed_in_its_turn(self) -> None:
+        selector = uvscpd.Selector()
+        pairs = [socket.socketpair() for _ in range(2)]
+        called = []
+
+        def action(_mask: int) -> None:
+            called.append(1)
+            for one, _ in pairs:
+                selector.forget(one)
+                one.close()
+
+        for one, other in pairs:
+            other.send(b"!")
+            selector.watch(one, selectors.EVENT_READ, action)
+        selector.call(selector.poll(0))
+        self.assertEqual(called, [1])
+        selector.close()
+        for _, other in pairs:
+            other.close()
+
+    def test_daemon_without_epoll(self) -> None:
+        daemon = self.start(program=changed_program(
+            "import selectors; selectors.DefaultSelector = selectors.SelectSelector"))
+        a, b = self.connect(daemon), self.connect(daemon)
+        a.say("rcvloop")
+        b.say(send_line(3, 1))
+        a.expect(event_line(3, 1))
 
 
 class RoomTest(OwnDaemonTestCase):
@@ -2744,8 +2796,7 @@ class RoomTest(OwnDaemonTestCase):
             other_end.sendall(b"send 96,20,3,0,,0,-\n")
             other_end.shutdown(socket.SHUT_WR)
             for _ in range(3):
-                for key, mask in daemon.selector.select(0):
-                    key.data(mask)
+                daemon.selector.call(daemon.selector.poll(0))
             self.assertEqual(list(daemon.queue.waiting), [client])
             client.on_ready(selectors.EVENT_READ)   # select may have reported it in that turn
             self.assertEqual(list(daemon.queue.waiting), [client])
@@ -2763,7 +2814,7 @@ class RoomTest(OwnDaemonTestCase):
             client.turn()
             other_end.sendall(b"noop\n")
             # Watched, it would keep the loop busy.
-            self.assertNotIn(client.sock, [key.fileobj for key, _ in daemon.selector.select(0)])
+            self.assertNotIn(client.sock.fileno(), dict(daemon.selector.poll(0)))
 
     def test_no_sign_of_life_while_a_reply_is_due(self) -> None:
         daemon = self.daemon_in_process()
@@ -3771,6 +3822,13 @@ class HouseTest(unittest.TestCase):
                   for each in self.classes}
         self.assertLessEqual(counts.pop("Client"), 34)
         self.assertLessEqual(max(counts.values()), 26)
+
+    def test_slots_are_the_attributes(self) -> None:
+        for each in self.classes:
+            slots = getattr(getattr(uvscpd, each.name), "__slots__", None)
+            if slots is not None:
+                written = {name[5:] for name in self.written(each) if name[:5] == "self."}
+                self.assertEqual(set(slots) ^ written, set(), each.name)
 
     def test_the_first_class_comes_soon(self) -> None:
         imports = max(node.lineno for node in self.tree.body
