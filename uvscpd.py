@@ -378,6 +378,8 @@ if TYPE_CHECKING:
     # frame[0] is the id, frame[4] the sender.
     Frame = tuple[int, bytes, int, int, "Client | Discovery | None"]
 
+MAX_ID_TEXTS = 1024             # CAN ids whose texts are kept for those who see the same GUID
+
 
 def pack_id(head: int, vscp_class: int, vscp_type: int, nickname: int) -> int:
     """The CAN id of these fields, each cut to the bits that it has there."""
@@ -391,6 +393,7 @@ def pack_frame(can_id: int, data: bytes) -> bytes:
 
 BYTE_TEXT = [f",{byte}" for byte in range(256)]
 BYTE_VALUE = {text[1:]: byte for byte, text in enumerate(BYTE_TEXT)}
+byte_text, byte_value = BYTE_TEXT.__getitem__, BYTE_VALUE.__getitem__       # for map()
 
 
 @lru_cache(maxsize=4096)
@@ -454,7 +457,7 @@ def parse_event(text: str) -> "tuple[int, bytes, bytes]":
         fields = with_datetime(fields)
         can_id, mirrored = parse_id(fields[0], fields[1], fields[2], fields[6])
     try:
-        data = bytes([BYTE_VALUE[field] for field in fields[7:]])
+        data = bytes(map(byte_value, fields[7:]))
     except KeyError:
         data = bytes([parse_number(field, 255, "data byte") for field in fields[7:]])
     interface = b""
@@ -467,65 +470,82 @@ def parse_event(text: str) -> "tuple[int, bytes, bytes]":
     return can_id, data, interface
 
 
-@lru_cache(maxsize=4096)
-def id_text(can_id: int) -> "tuple[str, str]":
-    """The text of what a CAN id says: `head,class,type,` and `:nickname`.
-
-    Bit 29, which no CAN id has, is bit 8 of the head.
-    """
-    head = can_id >> 21 & 0x1F0
-    return f"{head},{can_id >> 16 & 0x1FF},{can_id >> 8 & 0xFF},", f":{can_id & 0xFF:X}"
-
-
 @lru_cache(maxsize=8)
 def utc_text(seconds: int) -> str:
     """The UTC date and time, without a zone letter, of seconds since 1970."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-def format_events(frames: "Iterable[Frame]", guid: str, in_ns: bool = False) -> "list[str]":
-    """The event line of each frame; `guid` is the text of a GUID's first 15 bytes.
+class EventLines:
+    """Makes the event lines of clients who see the same GUID.
 
-    The date ends in Z, without which node-vscp-tcp takes it for local time. The
-    timestamp is the lower 32 bits of microseconds since 1970. With `in_ns` lines
-    are as the VSCP project's programs write them since 2026: bit 8 of the head
-    set, no date, 64 bits of nanoseconds.
+    `guid` is the text of its first 15 bytes. The date ends in Z, without which
+    node-vscp-tcp takes it for local time. The timestamp is the lower 32 bits of
+    microseconds since 1970. With `in_ns` lines are as the VSCP project's programs write
+    them since 2026: bit 8 of the head set, no date, 64 bits of nanoseconds.
 
     >>> frame = (0x0C140305, bytes([0, 1, 35]), 1795390139, 810025000, None)
-    >>> format_events([frame], format_guid(bytes(15)))
+    >>> EventLines(format_guid(bytes(15))).of([frame])[0]
     ['96,20,3,0,2026-11-22T23:28:59Z,3615768809,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
-    >>> format_events([frame], format_guid(bytes(15)), in_ns=True)
+    >>> EventLines(format_guid(bytes(15)), in_ns=True).of([frame])[0]
     ['352,20,3,0,,1795390139810025000,0:0:0:0:0:0:0:0:0:0:0:0:0:0:0:5,0,1,35\\r\\n']
     """
-    lines: list[str] = []
-    add = lines.append
-    text_of, last_id, last_second, last_sender = BYTE_TEXT, -1, -1, None
-    for can_id, data, seconds, nanoseconds, sender in frames:
-        # This runs for every frame. Of about 9,000 instructions, keeping what the frame before
-        # had, too, saves 1,200, and a full frame without a loop 1,700.
-        if can_id != last_id or seconds != last_second or sender is not last_sender:
-            last_id, last_second, last_sender = can_id, seconds, sender
-            head, nickname = id_text(can_id | in_ns << 29)
-            date = "" if in_ns else utc_text(seconds) + "Z"
-            start = f"{head}{sender.channel_id if sender else 0},{date},"
-            date_us = seconds * 1000000 & 0xFFFFFFFF
-            end = f",{guid}{nickname}"
-        timestamp = (seconds * 1000000000 + nanoseconds if in_ns
-                     else date_us + nanoseconds // 1000 & 0xFFFFFFFF)
-        if len(data) == 8:
-            a, b, c, d, e, f, g, h = data
-            add(f"{start}{timestamp}{end}{text_of[a]}{text_of[b]}{text_of[c]}{text_of[d]}"
-                f"{text_of[e]}{text_of[f]}{text_of[g]}{text_of[h]}\r\n")
-        else:
-            add(f"{start}{timestamp}{end}{''.join([text_of[byte] for byte in data])}\r\n")
-    return lines
 
+    def __init__(self, guid: str, in_ns: bool = False) -> None:
+        self.guid = guid
+        self.in_ns = in_ns
+        # By CAN id: the fields before the date, and the GUID.
+        self.id_texts: dict[int, tuple[str, str]] = {}
+        self.second = -1                # of the last frame ...
+        self.date = ""                  # ... as text, ...
+        self.date_us = 0                # ... and as the timestamp of its beginning
 
-def event_block(lines: "list[str]") -> "tuple[bytes, int]":
-    """Event lines as one block of bytes, and how many bytes their frames have on CAN."""
-    block = "".join(lines).encode("ascii")
-    # A line has 6 commas and one for each byte of data; on CAN the id has 4 bytes.
-    return block, block.count(b",") - 2 * len(lines)
+    def add_id(self, can_id: int) -> "tuple[str, str]":
+        """Make the texts of a CAN id, and keep them."""
+        if len(self.id_texts) >= MAX_ID_TEXTS:
+            self.id_texts.clear()
+        head = can_id >> 21 & 0xF0 | self.in_ns << 8
+        texts = (f"{head},{can_id >> 16 & 0x1FF},{can_id >> 8 & 0xFF},0,",
+                 f",{self.guid}:{can_id & 0xFF:X}")
+        self.id_texts[can_id] = texts
+        return texts
+
+    def start_second(self, seconds: int) -> "tuple[str, int]":
+        """Make what all lines of a second share: the date, and the timestamp of its beginning."""
+        self.second = seconds
+        self.date = "," if self.in_ns else utc_text(seconds) + "Z,"
+        self.date_us = seconds * 1000000 & 0xFFFFFFFF
+        return self.date, self.date_us
+
+    def of(self, frames: "Iterable[Frame]") -> "tuple[list[str], bytes, int]":
+        """The event line of each frame, all of them as one block, and their bytes on CAN."""
+        # This runs for every frame and takes 28 us, a quarter of all that one takes under load.
+        # A full frame takes 25; with `map`, as a shorter one, it would take 34.
+        lines: list[str] = []
+        size = 0
+        id_texts, text_of = self.id_texts, BYTE_TEXT
+        second, date, date_us = self.second, self.date, self.date_us
+        for can_id, data, seconds, nanoseconds, sender in frames:
+            try:
+                start, end = id_texts[can_id]
+            except KeyError:
+                start, end = self.add_id(can_id)
+            if sender and sender.channel_id:
+                start = f"{start[:-2]}{sender.channel_id},"
+            if seconds != second:
+                second = seconds
+                date, date_us = self.start_second(seconds)
+            timestamp = (seconds * 1000000000 + nanoseconds if self.in_ns
+                         else date_us + nanoseconds // 1000 & 0xFFFFFFFF)
+            length = len(data)
+            size += length
+            if length == 8:
+                a, b, c, d, e, f, g, h = data
+                lines.append(f"{start}{date}{timestamp}{end}{text_of[a]}{text_of[b]}{text_of[c]}"
+                             f"{text_of[d]}{text_of[e]}{text_of[f]}{text_of[g]}{text_of[h]}\r\n")
+            else:
+                lines.append(f"{start}{date}{timestamp}{end}{''.join(map(byte_text, data))}\r\n")
+        return lines, "".join(lines).encode(), size + 4 * len(lines)  # on CAN an id has 4 bytes
 
 
 # =============================================================================
@@ -595,6 +615,11 @@ def make_view(wanted: "Filter", mask: "Filter", guid: bytes) -> "View":
     bits = pack_id(priority_mask << 5, class_mask, type_mask, guid_mask[15])
     value = pack_id(priority << 5, vscp_class, vscp_type, wanted_guid[15])
     return guid_text, value & bits, bits
+
+
+def matching(frames: "list[Frame]", value: int, mask: int) -> "list[Frame]":
+    """The frames that pass a filter."""
+    return [frame for frame in frames if frame[0] & mask == value]
 
 
 def pack_filters(filters: "Iterable[tuple[int, int]]") -> bytes:
@@ -924,7 +949,9 @@ CAN_RAW_ERR_FILTER = 2
 SO_RCVBUFFORCE = 33
 SO_TIMESTAMPNS_OLD = 35         # two C longs
 SO_TIMESTAMPNS_NEW = 64         # two 64-bit integers, whatever the word size (Linux 5.1)
-TIMESTAMP = {SO_TIMESTAMPNS_NEW: struct.Struct("=qq"), SO_TIMESTAMPNS_OLD: struct.Struct("@ll")}
+# struct can_frame, as FRAME, and after it what each of the two gives: seconds and nanoseconds.
+STAMPED_FRAME = {SO_TIMESTAMPNS_NEW: struct.Struct("=IB3x8sqq"),
+                 SO_TIMESTAMPNS_OLD: struct.Struct("@IB3x8sll")}
 ANCILLARY_SIZE = 64             # bytes; a timestamp needs 32
 SO_MEMINFO = 55                 # nine 32-bit numbers, the last: frames dropped (Linux 4.12)
 MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
@@ -1069,6 +1096,8 @@ class OwnFrames:
         mistaken for a later one of another sender. Frames far older than one that came
         back are forgotten.
         """
+        if len(self.frames) == 1 and self.frames[0][:2] == (can_id, data):      # nearly always
+            return self.frames.pop()[2]
         equal = [place for place, own in enumerate(self.frames)
                  if own[1] == data and own[0] == can_id]
         if not equal:
@@ -1283,7 +1312,7 @@ class Bus:
         self.dropped = 0                    # frames that the kernel or the controller dropped
         self.kernel_drops = 0               # the kernel's running total for this socket
         self.errors = 0                     # error frames; without -d some stay in the kernel
-        self.unpack_time = TIMESTAMP[SO_TIMESTAMPNS_NEW].unpack
+        self.unpack = STAMPED_FRAME[SO_TIMESTAMPNS_NEW].unpack_from
         self.netlink = None if self.virtual else Netlink(name)
         self.open()
         self.ask(START_WAIT_S)
@@ -1335,7 +1364,7 @@ class Bus:
                     log.debug(f"socket option {option} of {self.name}: {error.strerror}")
         # A 32-bit C library on Linux before 5.1 accepts the new form and sets the old one.
         in_old_form = sock.getsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS_OLD)
-        self.unpack_time = TIMESTAMP[
+        self.unpack = STAMPED_FRAME[
             SO_TIMESTAMPNS_OLD if in_old_form else SO_TIMESTAMPNS_NEW].unpack_from
 
     def close(self) -> None:
@@ -1425,7 +1454,10 @@ class Bus:
 
     def passes(self, can_id: int) -> bool:
         """Whether the kernel's filter lets a frame through."""
-        return any(can_id & mask == value for value, mask in self.filters)
+        for value, mask in self.filters:    # noqa: SIM110  any() takes twice as long
+            if can_id & mask == value:
+                return True
+        return False
 
     def receive_own(self) -> None:
         """Have the kernel give back own frames if needed: for a lone client they cost too much.
@@ -1444,20 +1476,20 @@ class Bus:
         Raises NoRoom when there is none at the moment, VscpError, with what helps,
         when the bus cannot take it.
         """
-        health = self.health
+        health, state = self.health, self.health.state
         if self.out is None:
-            raise VscpError(state_text(health.state))
+            raise VscpError(state_text(state))
         if health.link.listen_only:
             raise VscpError(listen_only_text(self.name))
-        if health.state.status == BUS_OFF and not health.ends_with_frame:
-            raise NoRoom(state_text(health.state), TICK_S)      # what is sent now goes nowhere
+        if state is not BUS_WELL and state.status == BUS_OFF and not health.ends_with_frame:
+            raise NoRoom(state_text(state), TICK_S)     # what is sent now goes nowhere
         try:
             self.out.send(pack_frame(can_id, data))
         except OSError as error:
             self.on_send_error(error)
             self.send(can_id, data, sender)     # once: the next error is raised
             return
-        if health.state.status == UNUSABLE:     # it is up again
+        if state is not BUS_WELL and state.status == UNUSABLE:      # it is up again
             health.set_state(BUS_WELL)
         if self.virtual or self.receives_own and self.passes(can_id):
             self.own.add(can_id, data, sender)
@@ -1493,7 +1525,7 @@ class Bus:
         frames: list[Frame] = []
         if self.sock is None:
             return frames, True
-        recvmsg, unpack_time, health = self.sock.recvmsg, self.unpack_time, self.health
+        recvmsg, unpack, health = self.sock.recvmsg, self.unpack, self.health
         usual = not health.ends_with_frame
         empty, gone = False, 0
         for _ in range(limit):
@@ -1506,17 +1538,20 @@ class Bus:
                 self.unconfirmed_before = self.own.next_number
                 gone = error.errno or errno.EIO
                 continue
-            can_id, length, data = unpack_frame(raw)
             # The usual: an extended data frame of another node, which ends no trouble, with the
             # kernel's time of it.
-            if can_id >> 29 == EXTENDED and usual and ancillary and not flags & MSG_CONFIRM:
-                seconds, nanoseconds = unpack_time(ancillary[0][2])
-                # A slice of all 8 bytes would take 3 us of the 120 that a frame takes.
-                frames.append((can_id & EFF_MASK, data if length == 8 else data[:length],
-                               seconds, nanoseconds, None))
-            else:
-                frames += self.on_unusual(can_id, data[:length], ancillary, flags)
-                usual = not health.ends_with_frame
+            if usual and ancillary and not flags & MSG_CONFIRM:
+                can_id, length, data, seconds, nanoseconds = unpack(raw + ancillary[0][2])
+                can_id ^= EFF_FLAG          # then an extended data frame has no flag left
+                if can_id <= EFF_MASK:
+                    # A slice of all 8 bytes would take 3 us of the 110 that a frame takes.
+                    frames.append((can_id, data if length == 8 else data[:length],
+                                   seconds, nanoseconds, None))
+                    continue
+            frame = self.on_unusual(raw, ancillary, flags)
+            if frame:
+                frames.append(frame)
+            usual = not health.ends_with_frame
         if self.unconfirmed_before:
             if empty:
                 self.own.forget(self.unconfirmed_before)
@@ -1528,28 +1563,30 @@ class Bus:
             self.on_gone(gone)
         return frames, empty
 
-    def on_unusual(self, can_id: int, data: bytes, ancillary: "list[tuple[int, int, bytes]]",
-                   flags: int) -> "list[Frame]":
-        """Handle what read() does not; returns the frame, in a list, if clients get it."""
+    def on_unusual(self, raw: bytes, ancillary: "list[tuple[int, int, bytes]]",
+                   flags: int) -> "Frame | None":
+        """Handle what read() does not; returns the frame if clients get it."""
         if ancillary:
-            seconds, nanoseconds = self.unpack_time(ancillary[0][2])
+            can_id, length, data, seconds, nanoseconds = self.unpack(raw + ancillary[0][2])
         else:
+            can_id, length, data = unpack_frame(raw)
             seconds, nanoseconds = divmod(time.time_ns(), 1000000000)
+        data = data[:length]
         if can_id & ERR_FLAG:
             self.on_error_frame(can_id, data)
         if can_id >> 29 != EXTENDED:
             if log.debugging:
                 log.debug(not_vscp_row(self.name, can_id, data),
                           seconds * 1000000 + nanoseconds // 1000)
-            return []
+            return None
         confirmed = self.virtual or bool(flags & MSG_CONFIRM)
         if self.health.ends_with_frame:
             self.health.on_frame_through(confirmed)
         can_id &= EFF_MASK
         sender = self.own.claim(can_id, data) if confirmed else None
         if confirmed and sender is None:    # sent while no other client was connected
-            return []
-        return [(can_id, data, seconds, nanoseconds, sender)]
+            return None
+        return can_id, data, seconds, nanoseconds, sender
 
     def on_error_frame(self, can_id: int, data: bytes) -> None:
         """Note what an error frame says."""
@@ -1758,6 +1795,14 @@ def hide_password(line: str) -> str:
 class Client:
     """One TCP connection."""
 
+    # Attributes in slots take less time, as there are over 30: 3 % of a SEND, 6 % of a NOOP.
+    __slots__ = (
+        "daemon", "sock", "host", "address", "channel_id", "guid", "user", "given_name", "failures",
+        "filter", "mask", "view", "fifo", "missed", "dropped_before", "rx_frames", "rx_bytes",
+        "tx_frames", "tx_bytes", "reader", "lines", "last_line", "output", "segment",
+        "peer_closed_writing", "peer_closed_reading", "connected_at", "announced", "stream_at",
+        "sign_at", "resume_at", "login_by", "leave_by", "check_peer_at")
+
     def __init__(self, daemon: "Daemon", sock: socket.socket, host: str, port: int,
                  channel_id: int) -> None:
         self.daemon = daemon
@@ -1842,7 +1887,7 @@ class Client:
 
     def on_ready(self, mask: int) -> None:
         """The connection has sent something, or has room for output, or lines are left to run."""
-        if mask & READ and not self.closed:
+        if mask & READ:
             self.read()
         self.turn()
 
@@ -2076,7 +2121,7 @@ class Client:
     def write(self, text: str) -> None:
         """Have text sent by the next flush."""
         if not self.peer_closed_reading:
-            self.output += text.encode("ascii")
+            self.output += text.encode()
 
     def flush(self) -> None:
         """Send what the connection takes of the output: whole lines, a segment per write."""
@@ -2224,12 +2269,13 @@ def run_command(client: Client, line: str) -> str:
     Raises Later alone.
     """
     try:
-        name, *arguments = line.split() or [""]
-        if not name:
+        words = line.split()
+        if not words:
             raise VscpError("no input")
+        name, *arguments = words
         if name != "+":
             client.last_line = line
-        row = find_command(name)
+        row = COMMANDS.get(name) or find_command(name)
         if client.user.privilege < row.privilege:
             raise VscpError("Need to log in to perform this command.")
         if len(arguments) > row.most and row.takes_list:
@@ -2247,7 +2293,7 @@ def run_command(client: Client, line: str) -> str:
 
 @command("noop", 0, "", "nothing, is answered +OK")
 def do_noop(_client: Client) -> str:
-    return ok()
+    return SUCCESS
 
 
 @command("quit exit", 0, "", "end this connection")
@@ -2499,33 +2545,57 @@ MAX_LEAVING = 100               # connections that linger at the same time
 
 
 class Selector:
-    """Waits for sockets; knows what each is watched for, and what is called then."""
+    """Waits for sockets; knows what each is watched for, and what is called then.
+
+    Sockets are registered by the module selectors. To wait, its epoll is asked directly, if
+    it has one: that takes 12 us, select() of selectors 37, of the 290 that a lone frame takes.
+    """
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self.select = self.selector.select
-        self.watched: dict[socket.socket, int] = {}     # what for; asking the selector is slow
+        # By descriptor: what it is watched for, and what to call then, with that.
+        self.watched: dict[int, tuple[int, Callable[[int], None]]] = {}
+        # Waits for so many seconds; returns the descriptors that are ready, each in a pair.
+        self.poll: Callable[[float], list[tuple[int, int]]] = self.select
+        self.epoll: select.epoll | None = None
+        if hasattr(select, "epoll") and hasattr(self.selector, "fileno"):
+            self.epoll = select.epoll.fromfd(os.dup(self.selector.fileno()))
+            self.poll = self.epoll.poll
+
+    def select(self, timeout_s: float) -> "list[tuple[int, int]]":
+        """What poll() is where there is no epoll."""
+        return [(key.fd, events) for key, events in self.selector.select(timeout_s)]
+
+    def call(self, ready: "list[tuple[int, int]]") -> None:
+        """Call what is to be called for descriptors that poll() returned."""
+        for descriptor, _ in ready:
+            if descriptor in self.watched:      # else it was closed in this turn
+                events, action = self.watched[descriptor]
+                action(events)
 
     def watch(self, sock: socket.socket, events: int, action: "Callable[[int], None]") -> None:
         """Change what a socket is watched for; 0 is nothing."""
-        before = self.watched.get(sock, 0)
+        descriptor = sock.fileno()
+        before = self.watched[descriptor][0] if descriptor in self.watched else 0
         if events == before:
             return
         if not events:
             self.forget(sock)
             return
-        self.watched.pop(sock, None)        # if this raises, the selector watches nothing for us
+        self.watched.pop(descriptor, None)  # if this raises, the selector watches nothing for us
         change = self.selector.modify if before else self.selector.register
-        change(sock, events, action)
-        self.watched[sock] = events
+        change(sock, events)
+        self.watched[descriptor] = events, action
 
     def forget(self, sock: socket.socket) -> None:
         """Watch a socket no more; due before it is closed."""
-        if self.watched.pop(sock, 0):
+        if self.watched.pop(sock.fileno(), None):
             self.selector.unregister(sock)
 
     def close(self) -> None:
         self.selector.close()
+        if self.epoll:
+            self.epoll.close()
 
 
 class BusReader:
@@ -2558,13 +2628,16 @@ class BusReader:
         """There is something to read on the bus."""
         now = self.daemon.now
         slept = now - self.read_at > AT_ONCE_S
-        count, _ = self.read(1 if slept else FRAMES_PER_TURN)
+        frames, _ = self.daemon.bus.read(1 if slept else FRAMES_PER_TURN)
+        if frames:
+            self.daemon.hand_out(frames)
         self.read_at = time.monotonic()
         if self.busy_until < now:
             self.busy_until, self.busy_frames = now + BUSY_S, 0
-        self.busy_frames += count
+        self.busy_frames += len(frames)
         if self.busy_frames >= BUSY_FRAMES and self.may_gather():
             self.gather_at = now + GATHER_S
+            self.daemon.wake_by(self.gather_at)
             self.watch()
 
     def may_gather(self) -> bool:
@@ -2586,8 +2659,8 @@ class BusReader:
 
     def stop_gathering(self) -> None:
         """A client waits for an answer: read the bus in this turn."""
-        if self.gather_at < NEVER:
-            self.gather_at = self.daemon.now
+        self.gather_at = self.daemon.now
+        self.daemon.wake_by(self.gather_at)
 
     def read_all(self) -> None:
         """Hand out all that the kernel holds, and count what it dropped."""
@@ -2626,7 +2699,8 @@ class SendQueue:
         Raises VscpError when the bus cannot take it.
         """
         self.sent_at = self.daemon.now
-        self.daemon.reader.stop_gathering()
+        if self.daemon.reader.gather_at < NEVER:
+            self.daemon.reader.stop_gathering()
         if not self.waiting and self.has_sent(client, can_id, data):
             return SUCCESS
         self.waiting[client] = can_id, data, self.daemon.now + SEND_WAIT_S
@@ -2642,6 +2716,7 @@ class SendQueue:
         except NoRoom as full:
             self.no_room_text = str(full)
             self.retry_at = self.daemon.now + full.retry_s
+            self.daemon.wake_by(self.retry_at)
             return False
         client.on_sent(len(data))
         return True
@@ -2695,11 +2770,12 @@ class Daemon:
         # Times: a clock is slow to read, so a turn reads it once
         self.now = self.began = time.monotonic()    # when this turn began; when the daemon did
         self.tick_at = self.now
+        self.wake_at = self.now                 # no later than anything that has a time
         self.stop_by = NEVER                    # the end
         # Who is connected
         self.clients: dict[Client, None] = {}   # in the order in which they are served (serve_last)
         self.leaving: set[Client] = set()       # told to go, not counted any more
-        self.views: dict[View, list[Client]] = {}
+        self.views: dict[View, tuple[EventLines, list[Client]]] = {}
         self.last_id = 0
         self.frames = self.missed = 0           # handed out, missed by clients
         # Sockets
@@ -2730,23 +2806,31 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until a signal says stop."""
-        select, reader, queue = self.selector.select, self.reader, self.queue
         while self.now < self.stop_by:
-            wake_at = min(self.tick_at, reader.gather_at, queue.retry_at)
-            ready = select(max(0.0, wake_at - self.now))
+            ready = self.selector.poll(max(0.0, self.wake_at - self.now))
             self.now = time.monotonic()
-            for key, mask in ready:
-                key.data(mask)
-            if reader.gather_at <= self.now:
-                reader.read_gathered()
-            if queue.retry_at <= self.now:
-                queue.on_room()
-            if self.tick_at <= self.now:
-                self.tick()
+            self.selector.call(ready)
+            if self.wake_at <= self.now:
+                self.on_time()
+
+    def on_time(self) -> None:
+        """Do what is due, and find out when the next thing is."""
+        if self.reader.gather_at <= self.now:
+            self.reader.read_gathered()
+        if self.queue.retry_at <= self.now:
+            self.queue.on_room()
+        if self.tick_at <= self.now:
+            self.tick()
+        self.wake_at = min(self.tick_at, self.reader.gather_at, self.queue.retry_at)
+
+    def wake_by(self, when: float) -> None:
+        """Make sure that on_time() runs no later than this."""
+        self.wake_at = min(self.wake_at, when)
 
     def soon(self, when: float) -> None:
-        """Make sure tick() runs no later than this."""
+        """Make sure that tick() runs no later than this."""
         self.tick_at = min(self.tick_at, when)
+        self.wake_by(when)
 
     def tick(self) -> None:
         """Look at all that has a time: the bus, the clients, those that wait, systemd."""
@@ -2815,21 +2899,22 @@ class Daemon:
         if log.debugging:
             self.show(frames)
         senders = {frame[4] for frame in frames if frame[4]} if self.bus.receives_own else ()
-        for (guid, value, mask), clients in self.views.items():
-            passing = frames
-            if mask or value:
-                passing = [frame for frame in frames if frame[0] & mask == value]
-            if not passing:
-                continue
-            lines = format_events(passing, guid, self.options.ns_timestamps)
-            block, size = event_block(lines)
-            for client in clients:
-                if senders and client in senders:
-                    others = [line for line, frame in zip(lines, passing) if frame[4] is not client]
-                    if others:
-                        client.put(others, *event_block(others))
-                else:
-                    client.put(lines, block, size)
+        for (_, value, mask), (event_lines, clients) in self.views.items():
+            wanted = matching(frames, value, mask) if mask or value else frames
+            if wanted:
+                lines, block, size = event_lines.of(wanted)
+                for client in clients:
+                    if senders and client in senders:
+                        self.hand_out_others(client, event_lines, wanted)
+                    else:
+                        client.put(lines, block, size)
+
+    @staticmethod
+    def hand_out_others(client: Client, event_lines: EventLines, frames: "list[Frame]") -> None:
+        """Give a client those frames that it has not sent itself."""
+        others = [frame for frame in frames if frame[4] is not client]
+        if others:
+            client.put(*event_lines.of(others))
 
     def show(self, frames: "list[Frame]") -> None:
         """Log events for -d, and count them for its summary."""
@@ -2900,7 +2985,10 @@ class Daemon:
         """Group the clients by view, and have the kernel pass only what one of them wants."""
         self.views = {}
         for client in self.clients:
-            self.views.setdefault(client.view, []).append(client)
+            if client.view not in self.views:
+                event_lines = EventLines(client.view[0], self.options.ns_timestamps)
+                self.views[client.view] = event_lines, []
+            self.views[client.view][1].append(client)
         filters = [(value, mask) for _, value, mask in self.views]
         if self.options.answer_probes:
             filters.append((PROBE, PROBE_MASK))
