@@ -1753,7 +1753,7 @@ class StrangerTest(OwnDaemonTestCase):
             client.on_ready(uvscpd.READ)
             self.assertTrue(client.closed)
             self.assertEqual(self.log, [f"{client.name}: sent {NOT_HTTP}; disconnected, "
-                                        "nothing of it was run"] * warnings)
+                                        "none of it was run"] * warnings)
 
     def test_warnings_that_are_remembered_are_bounded(self) -> None:
         limit = uvscpd.RateLimit()
@@ -1849,7 +1849,7 @@ class SlowReaderTest(OwnDaemonTestCase):
             daemon.now += seconds
             client.put(["event\r\n"] * count, b"event\r\n" * count, 5 * count)
             self.assertEqual(self.log, [
-                f"{client.name}: loses events, it does not fetch them and its buffer of "
+                f"{client.name}: is losing events: it does not fetch them, and its buffer of "
                 "3 events is full"] * warnings)
         self.assertEqual((client.missed, daemon.missed, len(client.fifo)), (4, 4, 3))
         self.assertEqual((client.rx_frames, client.rx_bytes), (7, 35))
@@ -3311,7 +3311,7 @@ class ArgumentTest(OwnDaemonTestCase):
         ("line 3: a user needs a name and a password", "a b\n\nc"),
         ("line 1: the privilege is not a number from 0 to 15", "a b 16", "a two words 4"),
         ("line 1: 'nonsense' is not an address, network or pattern", "a b 1 nonsense"),
-        ("line 2: user a is there twice", "a b\na c"),
+        ("line 2: user a is listed twice", "a b\na c"),
         ("line 1: only printable ASCII characters without spaces", "\xe9 b", "a \0", "a b\xa04"),
         ("line 1: sha256: needs 64 hexadecimal digits", "a sha256:12", "a SHA256:12"))
 
@@ -3589,7 +3589,7 @@ class ProcessTest(OwnDaemonTestCase):
                 (uvscpd.VscpError("no"), 2, r"uvscpd\.py: no"),
                 (OSError(errno.EIO, "no", "/x"), 1, r"uvscpd\.py: /x: no\n.* Traceback .*"),
                 (OSError("no"), 1, r"uvscpd\.py: no\n.* Traceback .*"),
-                (KeyError("no"), 1, r"a bug in uvscpd\.py, it ends:\nTraceback .*KeyError: 'no'")):
+                (KeyError("no"), 1, r"a bug in uvscpd\.py, the daemon exits:\nTraceback .*KeyError: 'no'")):
             with self.subTest(repr(error)), mock.patch("signal.signal"), logged() as lines, \
                     mock.patch("uvscpd.serve", side_effect=error), \
                     mock.patch.object(uvscpd.log, "debugging", False):
@@ -3653,7 +3653,7 @@ class ProcessTest(OwnDaemonTestCase):
         daemon = self.start(program=changed_program(
             "uvscpd.os.getpid = lambda: 1; sys.argv.remove('-s')"))
         self.connect(daemon).say("noop")
-        self.assertIn("as process 1 it stays in the foreground", daemon.stop())
+        self.assertIn("running as process 1: staying in the foreground", daemon.stop())
 
     def test_JOURNAL_STREAM_of_another_file(self) -> None:
         log = self.start(JOURNAL_STREAM="8:1").stop()
@@ -3728,7 +3728,7 @@ class ProcessTest(OwnDaemonTestCase):
             result = run("-X", "dev", PROGRAM, "-s", "-p", "0", "-c", BUS, "--pidfile", str(file))
             self.assertEqual((result.returncode, result.stdout), (1, ""))
             self.assertRegex(result.stderr,
-                             rf"\Auvscpd\.py: .*{file}: process {pid} is alive.*\n\Z")
+                             rf"\Auvscpd\.py: .*{file}: process {pid} is running.*\n\Z")
             self.assertEqual(file.read_text(encoding="ascii"), f"{pid}\n")
             daemon.process.kill()               # it leaves its pid file, which must not matter
             daemon.process.wait()

@@ -31,7 +31,8 @@ values out. The bus is sections 6 and 7, a connection section 8, what a client c
 for section 9, and the loop that joins them section 10. Section 11 is what runs beside
 the loop, 12 what -d says about events, 13 and 14 are the command line, the start and
 the end. A class writes only its own attributes; the commands of section 9 are the one
-exception. Times in comments are of a processor of 250 MIPS, a small Raspberry Pi's.
+exception. Times in comments were measured on a processor of 250 MIPS, about that of a
+small Raspberry Pi.
 """
 
 # Only modules that OpenWrt's python3-light has. What is rarely needed and slow to
@@ -53,14 +54,14 @@ import time
 from collections import deque, namedtuple
 from functools import lru_cache, partialmethod
 
-# Python 3.5 and older stop at the annotation below and print that line; its comment tells the
+# Python 3.5 and older stop with a syntax error and print the next line; its comment tells the
 # user why.
 TYPE_CHECKING: bool = False     # Python 3.7 or newer is needed
 if sys.version_info < (3, 7):
     sys.exit("uvscpd.py: Python 3.7 or newer is needed")
 
-# Type checkers take this for true. At run time it is false, as importing typing takes an eighth
-# of the start-up time. So annotations that Python 3.7 cannot evaluate are in quotes.
+# Not imported at run time, as typing takes an eighth of the start-up time. So annotations that
+# Python 3.7 cannot evaluate are in quotes.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import Any, NoReturn
@@ -71,8 +72,9 @@ __version__ = "1.0.0"
 # =============================================================================
 # 1. Errors, log
 # =============================================================================
-# One exception for every user error, two for what has to wait, and messages for the
-# operator, which never block. Numbers stand at the head of the section they are for.
+# VscpError for everything that a user did wrong, Later and NoRoom for what has to wait,
+# and messages for the operator, which never block. Constants stand at the head of the
+# section that they are about.
 
 MAX_REMEMBERED = 1000           # messages that RateLimit remembers
 
@@ -763,7 +765,7 @@ class Logins:
 # 6. Network interfaces
 # =============================================================================
 # What the kernel says of them by rtnetlink: is the interface there, and CAN, and up;
-# its bit rate, the state of its controller, its queue. Up to Netlink it is pure.
+# its bit rate, the state of its controller, its queue.
 
 # What the kernel says of a network interface (rtnetlink(7); linux/if_link.h, linux/can/netlink.h).
 # What it does not say is None: a vcan has neither bit rate nor state.
@@ -833,7 +835,7 @@ def parse_link(body: bytes) -> Link:
 def parse_message(kind: int, body: bytes) -> "tuple[bool, Link] | None":
     """Whether an interface is there, and all about it, from a message of this type.
 
-    None if it is about something else, or an error other than that there is none.
+    None if it is about something else, or an error other than ENODEV.
     """
     if kind in (RTM_NEWLINK, RTM_DELLINK) and len(body) >= IFINFO.size:
         return kind == RTM_NEWLINK, parse_link(body)
@@ -856,11 +858,11 @@ def link_by_ioctl(name: str) -> "tuple[bool, Link]":
 class Netlink:
     """Asks the kernel about one network interface, and hears what it tells of all.
 
-    Both come by one socket, which is bound to the group of links. A question waits for
-    the kernel's lock on network interfaces, which any adapter that hangs may hold, or for
-    the adapter itself; so it is sent by a thread that does nothing else. Measured on
-    Linux 7.3: asked by the loop, it stood still for 4 s and for 12 s; by the thread, for
-    0.05 s at most.
+    Answers and announcements arrive on one socket, which is bound to the group of links. A
+    question waits for the kernel's lock on network interfaces, which any adapter that
+    hangs may hold, or for the adapter itself; so it is sent by a thread that does nothing
+    else. Measured on Linux 7.3: asked by the loop, it stood still for 4 s and for 12 s; by
+    the thread, for 0.05 s at most.
     """
 
     def __init__(self, name: str) -> None:
@@ -914,8 +916,8 @@ class Netlink:
     def read(self) -> "list[tuple[bool, Link]]":
         """What has come: whether the interface is there, and all about it.
 
-        Of interfaces that are not CAN there is nothing but an answer. One without names is
-        the answer that there is none.
+        Interfaces that are not CAN appear only as the answer to our question. One without
+        names means that there is no such interface.
         """
         found: list[tuple[bool, Link]] = []
         while self.sock is not None:
@@ -956,7 +958,7 @@ ANCILLARY_SIZE = 64             # bytes; a timestamp needs 32
 SO_MEMINFO = 55                 # nine 32-bit numbers, the last: frames dropped (Linux 4.12)
 MSG_CONFIRM = 0x800             # recvmsg: a frame of this socket has been sent
 
-RECEIVE_BUFFER = 2 << 20        # bytes of kernel buffer to ask for; the kernel takes it twice
+RECEIVE_BUFFER = 2 << 20        # bytes of kernel buffer to ask for; the kernel doubles it
 FRAME_COST = 960                # bytes of it that a frame takes at most
 FRAME_BITS = 131                # of an extended frame with 8 data bytes, with the gap after it
 BIT_RATE = 125000               # of VSCP nodes
@@ -964,7 +966,8 @@ BIT_RATE = 125000               # of VSCP nodes
 HONEST_QUEUES = ("noqueue", "noop", "pfifo_fast", "pfifo", "bfifo", "mq")
 START_WAIT_S = 0.5              # for the kernel's first answer about the interface
 START_S = 10.0                  # so long after the start a missing interface is no trouble yet
-NO_ERRORS_S = 10.0              # without error frames: where the kernel does not tell, all is well
+NO_ERRORS_S = 10.0              # where the driver reports no state: so long without error frames,
+                                # the trouble is over
 FRAMES_IN_KERNEL = 8000         # more frames than fit into it: reading this many empties it
 SEND_RETRY_S = 0.01             # how soon to try again where poll cannot tell
 MAX_UNDER_WAY = 1000            # own frames that have not come back
@@ -1017,6 +1020,7 @@ ERRORS = (
 )
 STATUS_ERRORS = sum({row[0] for row in ERRORS if row[2] is not None})   # asked of the kernel
 KNOWN_ERRORS = sum({row[0] for row in ERRORS})
+UNTOLD_ERRORS = ERR_ACK | ERR_TX_TIMEOUT        # what the kernel's own state does not show
 NO_SUPPORT = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EPFNOSUPPORT)     # of CAN
 ERR_COUNTERS = 0x200            # data[6] and [7] are the error counters, sending and receiving
 
@@ -1131,12 +1135,13 @@ class Health:
 
     def __init__(self, name: str) -> None:
         self.name = name                    # of the interface, as the user calls it
-        self.link = UNKNOWN                 # the interface, as the kernel last told it
+        self.link = UNKNOWN                 # the interface, as last told
         self.state = self.logged_state = BUS_WELL
         self.worst_state = BUS_WELL         # since the last tick
-        self.ends_with_frame = False        # the state ends when a frame gets through
+        # The kernel will not tell when this trouble is over; a frame that gets through does.
+        self.ends_with_frame = False
         self.reported_at = 0.0              # the last error frame about it
-        self.remarked: object = None        # what remarks on the interface were logged for
+        self.remarked: object = None        # the interface's properties as last remarked on
         self.started_at = time.monotonic()
         self.bus_offs = self.warnings = 0   # since then
 
@@ -1162,16 +1167,17 @@ class Health:
     def is_lonely(self) -> bool:
         """Whether the state is that nobody acknowledges, which the kernel does not know."""
         return self.state.status == WARNING and bool(
-            self.state.code & (ERR_ACK | ERR_TX_TIMEOUT))
+            self.state.code & UNTOLD_ERRORS)
 
     def on_frame_through(self, confirmed: bool) -> None:
         """A frame got through, so some node acknowledges again; `confirmed`: one of ours."""
-        over = ERR_ACK | (ERR_TX_TIMEOUT if confirmed else 0)
+        over = UNTOLD_ERRORS if confirmed else ERR_ACK
         acknowledged = self.state.status == WARNING and self.state.code & over
         quiet = (status_of(self.link) is None
                  and time.monotonic() > self.reported_at + NO_ERRORS_S)
         if acknowledged or quiet:
-            self.set_status(status_of(self.link) or WELL)
+            told = status_of(self.link)
+            self.set_status(WELL if told is None else told)
 
     def on_error_frame(self, can_id: int, data: bytes) -> None:
         """Note what an error frame (linux/can/error.h) says."""
@@ -1182,11 +1188,11 @@ class Health:
         if not rows or self.state.status == UNUSABLE:       # it came before the interface went
             return
         error_class, _, status, text, _ = rows[0]
-        if not status:
+        if not status:          # WELL
             if self.link.carrier is not False:
                 self.set_state(BUS_WELL)
             return
-        if error_class in (ERR_ACK, ERR_TX_TIMEOUT) and self.state.status > WARNING:
+        if error_class & UNTOLD_ERRORS and self.state.status > WARNING:
             return              # it would hide what is worse
         self.reported_at = time.monotonic()
         if status == BUS_OFF and self.link.state is not None:
@@ -1225,7 +1231,7 @@ class Health:
         elif status == WELL:
             self.set_state(BUS_WELL)
         else:
-            row = next(row for row in ERRORS if row[2] == status)
+            row = next(row for row in ERRORS if row[2] == status and not row[0] & UNTOLD_ERRORS)
             self.set_trouble(row[0], 0, status, row[3])
 
     def set_trouble(self, code: int, controller: int, status: int, text: str) -> None:
@@ -1239,7 +1245,7 @@ class Health:
         self.set_state(BusState(status, code & KNOWN_ERRORS, controller, text, advice))
 
     def set_state(self, state: BusState) -> None:
-        """Note how the bus is doing; check() logs it."""
+        """Note how the bus is doing; log() logs it."""
         if state == self.state:
             return
         self.state = state
@@ -1266,7 +1272,7 @@ class Health:
             log.warning(f"{self.name}: {state_text(state)}")
         elif not starting:
             log.warning(state_text(state))
-        else:           # at boot it may come later than we do: no text, so it is a warning then
+        else:           # at boot the interface may come after us; without a text, log() warns later
             self.logged_state = state._replace(text="")
             if before.status != UNUSABLE:
                 log.info(f"waiting: {state_text(state)}")
@@ -1306,8 +1312,8 @@ class Bus:
         self.own = OwnFrames()              # empty as long as nobody wants them back
         self.receives_own = False           # whether the kernel now gives back own frames
         self.health = Health(name)
-        # The interface went, or the controller gave up: own frames numbered below this are lost,
-        # except those whose confirmation is still in the receive buffer. 0: nothing to forget.
+        # The interface went, or the kernel has dropped what the controller had: own frames numbered
+        # below this are forgotten once the receive buffer is empty. 0: nothing to forget.
         self.unconfirmed_before = 0
         self.dropped = 0                    # frames that the kernel or the controller dropped
         self.kernel_drops = 0               # the kernel's running total for this socket
@@ -1421,7 +1427,7 @@ class Bus:
             self.open()
         else:
             self.health.follow(status_of(link))
-        self.receive_own()
+        self.update_receive_own()
 
     def check(self, now: float) -> None:
         """Look after the bus and log how it is doing; called once per tick."""
@@ -1430,7 +1436,7 @@ class Bus:
         self.health.log(now)
         if self.sock:
             self.health.log_remarks(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
-        self.receive_own()
+        self.update_receive_own()
 
     # --- frames ---
 
@@ -1449,8 +1455,9 @@ class Bus:
                 self.sock.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, packed)
                 self.packed_filters = packed
             except OSError:
-                self.unconfirmed_before = self.own.next_number      # it went; open() sets them
-        self.receive_own()
+                # The interface is gone; open() sets the filters once it is back.
+                self.unconfirmed_before = self.own.next_number
+        self.update_receive_own()
 
     def passes(self, can_id: int) -> bool:
         """Whether the kernel's filter lets a frame through."""
@@ -1459,8 +1466,8 @@ class Bus:
                 return True
         return False
 
-    def receive_own(self) -> None:
-        """Have the kernel give back own frames if needed: for a lone client they cost too much.
+    def update_receive_own(self) -> None:
+        """Have the kernel return own frames, or not: with a single client that only costs time.
 
         Measured: 10,000 pipelined SENDs take 2.0 s of CPU with them, 0.93 s without.
         """
@@ -1487,7 +1494,7 @@ class Bus:
             self.out.send(pack_frame(can_id, data))
         except OSError as error:
             self.on_send_error(error)
-            self.send(can_id, data, sender)     # once: the next error is raised
+            self.send(can_id, data, sender)     # once: on_send_error() raises the second time
             return
         if state is not BUS_WELL and state.status == UNUSABLE:      # it is up again
             health.set_state(BUS_WELL)
@@ -1584,7 +1591,7 @@ class Bus:
             self.health.on_frame_through(confirmed)
         can_id &= EFF_MASK
         sender = self.own.claim(can_id, data) if confirmed else None
-        if confirmed and sender is None:    # sent while no other client was connected
+        if confirmed and sender is None:    # ours, but nobody is noted as the sender
             return None
         return can_id, data, seconds, nanoseconds, sender
 
@@ -1598,10 +1605,10 @@ class Bus:
         if self.netlink:
             self.netlink.outdate()
         self.health.on_error_frame(can_id, data)
-        self.receive_own()
+        self.update_receive_own()
 
     def count_drops(self) -> None:
-        """Ask the kernel how many frames it has dropped since its buffer was full."""
+        """Ask the kernel how many frames it has dropped because its buffer was full."""
         if self.sock is None or self.virtual:
             return
         try:
@@ -1636,8 +1643,8 @@ class Bus:
 
 MAX_LINE = 512                  # characters in a command line; the C uvscpd has 320, too few for a
                                 # Level II event with a long datetime
-KEPT_TAIL = 16                  # of a longer one, of which the middle is dropped: it may be the
-                                # end of an HTTP request line
+KEPT_TAIL = 16                  # characters kept from the end of a line that is too long, so that
+                                # ` HTTP/1.1` is still recognized; its middle is dropped
 SIGN_OF_LIFE = "+OK\r\n"        # in the receive loop; other than any reply
 SIGN_OF_LIFE_S = 2.0            # how often
 # node-vscp-tcp loses events that it reads together with RCVLOOP's +OK. Measured: sent at
@@ -1755,7 +1762,7 @@ class LineReader:
                 self.add(piece.decode("latin-1"))
             elif kind == "erase":
                 self.erase()
-            elif kind == "end" and self.is_end(piece):
+            elif kind == "end" and self.ends_line(piece):
                 lines.append(check_line(self.partial))
                 self.partial = ""
                 if isinstance(lines[-1], NotVscp):
@@ -1776,7 +1783,7 @@ class LineReader:
         if len(self.partial) <= MAX_LINE and ESCAPE not in self.partial:
             self.partial = self.partial.rstrip(CONTINUATION)[:-1]
 
-    def is_end(self, byte: bytes) -> bool:
+    def ends_line(self, byte: bytes) -> bool:
         """Whether CR or LF ends a line: not LF if CR just did, and not CR if there is no line."""
         if byte == b"\n" and self.after_cr:
             self.after_cr = False
@@ -1832,12 +1839,12 @@ class Client:
         self.peer_closed_reading = False        # it takes no more
         # Deadlines
         self.connected_at = NEVER               # when it was let in; NEVER if it was refused
-        self.announced = False                  # whether the log says that it is connected
+        self.announced = False                  # "connected" has been logged
         self.stream_at = NEVER                  # from then on events are sent as they come
         self.sign_at = NEVER                    # the next sign of life is due
         self.resume_at = 0.0                    # no line runs before; NEVER: a SEND waits for room
         self.login_by = NEVER                   # sent away if it may do nothing until then
-        self.leave_by = NEVER                   # told to go; kept until its last reply has arrived
+        self.leave_by = NEVER                   # leaving; closed by then. NEVER: not leaving
         self.check_peer_at = daemon.now + PEER_CHECK_S  # is the peer still there?
 
     @property
@@ -1928,7 +1935,7 @@ class Client:
         if not self.announced and self.connected_at + QUICK_S <= now and self.leave_by == NEVER:
             self.announce()
         if self.sign_at <= now and not self.lines and self.resume_at <= now:
-            # (else it would be taken for the reply that is due)
+            # Not while a reply is due: the client would take the sign of life for it.
             self.sign_at = now + SIGN_OF_LIFE_S
             if not self.output:
                 self.write(SIGN_OF_LIFE)
@@ -2018,9 +2025,9 @@ class Client:
         return refusal(error) + refusal("too many wrong log-ins")
 
     def refuse_protocol(self, error: NotVscp) -> str:
-        """The reply to another protocol, and the end: a web page chooses the lines that follow."""
+        """The reply to another protocol, and the end: a web page may have chosen what follows."""
         if self.daemon.rate_limit.allows("protocol", self.host, NOT_VSCP_S, self.daemon.now):
-            log.warning(f"{self.name}: sent {error}; disconnected, nothing of it was run")
+            log.warning(f"{self.name}: sent {error}; disconnected, none of it was run")
         self.leave()
         return refusal(f"this port speaks VSCP's text protocol only, this was {error}")
 
@@ -2104,7 +2111,7 @@ class Client:
         self.missed += count
         self.daemon.on_missed(count)
         if self.daemon.rate_limit.allows("events", self.address, COMPLAIN_S, self.daemon.now):
-            log.warning(f"{self.name}: loses events, it does not fetch them and its buffer of "
+            log.warning(f"{self.name}: is losing events: it does not fetch them, and its buffer of "
                         f"{counted(len(self.fifo), 'event')} is full")
 
     def stop_streaming(self) -> None:
@@ -2291,7 +2298,7 @@ def run_command(client: Client, line: str) -> str:
 
 # --- privilege 0 ---
 
-@command("noop", 0, "", "nothing, is answered +OK")
+@command("noop", 0, "", "do nothing, answer +OK")
 def do_noop(_client: Client) -> str:
     return SUCCESS
 
@@ -2309,7 +2316,7 @@ def do_repeat(client: Client) -> str:
     return run_command(client, client.last_line)
 
 
-@command("user", 0, "[NAME]", "user name, to log in")
+@command("user", 0, "[NAME]", "give the user name, to log in")
 def do_user(client: Client, name: str = "") -> str:
     logins = client.daemon.logins
     if not logins.users or "" in logins.users:
@@ -2321,7 +2328,7 @@ def do_user(client: Client, name: str = "") -> str:
     return ok() if logins.password_needed else check_login(client, name, "")
 
 
-@command("pass", 0, "[PASSWORD]", "password, to log in")
+@command("pass", 0, "[PASSWORD]", "give the password, to log in")
 def do_pass(client: Client, password: str = "") -> str:
     logins = client.daemon.logins
     if not logins.users or not logins.password_needed:
@@ -2341,7 +2348,7 @@ def check_login(client: Client, name: str, password: str) -> str:
     try:
         user = client.daemon.logins.check(name, password, client.host, client.daemon.now)
     except Later:
-        if client.peer_has_closed():    # or guesses that nobody waits for would hold up the others
+        if client.peer_has_closed():    # otherwise guesses of closed connections delay the others
             raise VscpError(
                 "a wrong log-in came from this address just before, try again") from None
         raise
@@ -2378,13 +2385,13 @@ def do_interface(client: Client, action: str = "list", *_more: str) -> str:
     # Number, type, GUID, name. The types are the VSCP daemon's: 2 a Level I driver, 4 a client.
     daemon = client.daemon
     lines = [f"0,2,{format_guid(client.interface_guid)},{daemon.bus.name}|"
-             f"Started {daemon.started(daemon.began)}"]
+             f"Started {daemon.utc_since(daemon.began)}"]
     guest = daemon.logins.guest
     known = client.user is not guest or client.user.privilege > 0       # it may learn addresses
     for each in sorted(daemon.clients, key=lambda each: each.channel_id):
         if each.channel_id and (known or each is client):
             lines.append(f"{each.channel_id},4,{format_guid(each.guid)},"
-                         f"{each.address}|Started {daemon.started(each.connected_at)}")
+                         f"{each.address}|Started {daemon.utc_since(each.connected_at)}")
     return ok(*lines)
 
 
@@ -2403,7 +2410,8 @@ def do_clra(client: Client) -> str:
     return ok(text="All events cleared.")
 
 
-@command("stat", 1, "", "busoff,buswarnings,overruns,rxbytes,rxframes,txbytes,txframes")
+@command("stat", 1, "",
+         "counters: busoff,buswarnings,overruns,rxbytes,rxframes,txbytes,txframes")
 def do_stat(client: Client) -> str:
     client.daemon.read_all()
     bus, health = client.daemon.bus, client.daemon.bus.health
@@ -2446,7 +2454,7 @@ def do_retr(client: Client, count: str = "1") -> str:
     return "".join(lines) + final
 
 
-@command("rcvloop receiveloop", 2, "", "get every event as it comes")
+@command("rcvloop receiveloop", 2, "", "receive every event as it comes")
 def do_rcvloop(client: Client) -> str:
     if client.stream_at == NEVER:
         client.stream_at = client.daemon.now + RCVLOOP_PAUSE_S
@@ -2473,7 +2481,7 @@ def do_send(client: Client, text: str) -> str:
     return client.daemon.queue.send(client, can_id, data)
 
 
-@command("sgid setguid", 6, "GUID", "set the GUID of this client; -: the one it had at first")
+@command("sgid setguid", 6, "GUID", "set the GUID of this client; - restores the original one")
 def do_sgid(client: Client, text: str) -> str:
     first_guid = client_guid(client.daemon.options.guid, client.channel_id)
     client.guid = first_guid if text == "-" else parse_guid(text)
@@ -2499,7 +2507,7 @@ def do_sflt(client: Client, text: str) -> str:
 
 # --- what only the full VSCP daemon has ---
 
-@command("restart shutdown", 15, "", "not in uvscpd")
+@command("restart shutdown", MAX_PRIVILEGE, "", "not available in uvscpd")
 def do_restart(_client: Client, *_arguments: str) -> str:
     raise VscpError("uvscpd is not capable of restart/shutdown")
 
@@ -2522,8 +2530,9 @@ def do_unsupported(_client: Client, *_arguments: str) -> str:
 #     readable again at once      until it is empty
 #     8 frames within 20 ms,      the bus is not watched; every 5 ms, what has come. A wake-up
 #     no SEND for 20 ms           costs more than handling a frame
-# and until it is empty before a command that counts or clears events, before a filter
-# changes, and twice a second.
+# It is also read until it is empty before a command that counts or clears events, before a
+# filter changes, and twice a second. The kernel passes only what some client wants: without
+# clients, no frame reaches the daemon.
 #
 # What waits (SendQueue, and times):
 #     a SEND, for room on the bus        until poll reports it or for 10 ms; refused 1.4 s after
@@ -2534,9 +2543,9 @@ def do_unsupported(_client: Client, *_arguments: str) -> str:
 TICK_S = 0.5
 FRAMES_PER_TURN = 500           # read from the bus before clients are served again
 AT_ONCE_S = 0.001               # "again at once"
-BUSY_FRAMES, BUSY_S = 8, 0.02   # so many frames within this time: the bus is busy, ...
-GATHER_S = 0.005                # ... and is read this often, ...
-QUIET_S = 0.02                  # ... but not this soon after a SEND: its client waits for an answer
+BUSY_FRAMES, BUSY_S = 8, 0.02   # the bus is busy when so many frames come within this time
+GATHER_S = 0.005                # how often a busy bus is read
+ANSWER_S = 0.02                 # for so long after a SEND, its client waits for an answer
 # A SEND is refused if it has found no room for so long. VSCP's C++ programs wait 2 s, and take an
 # answer that comes later for that of their next command. 0.1 s is for a long turn of the loop.
 SEND_WAIT_S = 1.4
@@ -2605,8 +2614,8 @@ class BusReader:
         self.daemon = daemon
         self.read_at = 0.0                  # when the bus had been read
         self.gather_at = NEVER              # under load: the bus is not watched until then
-        self.busy_until = 0.0               # the end of a time ...
-        self.busy_frames = 0                # ... in which so many frames came
+        self.busy_until = 0.0               # the end of the present time of BUSY_S
+        self.busy_frames = 0                # frames in it
 
     def watch(self) -> None:
         """Have the selector watch the bus for frames, unless they gather."""
@@ -2642,7 +2651,7 @@ class BusReader:
 
     def may_gather(self) -> bool:
         """Whether no client waits for the answer to a SEND."""
-        return self.daemon.queue.sent_at + QUIET_S < self.daemon.now
+        return self.daemon.queue.sent_at + ANSWER_S < self.daemon.now
 
     def read_gathered(self) -> None:
         """Under load: take what has come by now, and again later, as long as that is much.
@@ -2701,7 +2710,7 @@ class SendQueue:
         self.sent_at = self.daemon.now
         if self.daemon.reader.gather_at < NEVER:
             self.daemon.reader.stop_gathering()
-        if not self.waiting and self.has_sent(client, can_id, data):
+        if not self.waiting and self.try_to_send(client, can_id, data):
             return SUCCESS
         self.waiting[client] = can_id, data, self.daemon.now + SEND_WAIT_S
         self.daemon.soon(self.refuse_at)
@@ -2709,7 +2718,7 @@ class SendQueue:
         self.watch()
         return ""
 
-    def has_sent(self, client: Client, can_id: int, data: bytes) -> bool:
+    def try_to_send(self, client: Client, can_id: int, data: bytes) -> bool:
         """Give a frame to the bus; False if there is no room. Raises VscpError as send()."""
         try:
             self.daemon.bus.send(can_id, data, client)
@@ -2729,7 +2738,7 @@ class SendQueue:
                 continue
             can_id, data, _ = self.waiting[client]
             try:
-                reply = SUCCESS if self.has_sent(client, can_id, data) else ""
+                reply = SUCCESS if self.try_to_send(client, can_id, data) else ""
             except VscpError as error:
                 reply = refusal(error)
             if not reply:
@@ -2771,7 +2780,7 @@ class Daemon:
         self.now = self.began = time.monotonic()    # when this turn began; when the daemon did
         self.tick_at = self.now
         self.wake_at = self.now                 # no later than anything that has a time
-        self.stop_by = NEVER                    # the end
+        self.stop_by = NEVER                    # when to stop at the latest; NEVER while running
         # Who is connected
         self.clients: dict[Client, None] = {}   # in the order in which they are served (serve_last)
         self.leaving: set[Client] = set()       # told to go, not counted any more
@@ -2798,7 +2807,7 @@ class Daemon:
         if self.bus.netlink and self.bus.netlink.sock:
             self.selector.watch(self.bus.netlink.sock, READ, self.on_links)
 
-    def started(self, since: float) -> str:
+    def utc_since(self, since: float) -> str:
         """The date and time when `now` was `since`; right also if the clock is set later."""
         return utc_text(int(time.time() - (self.now - since)))
 
@@ -2842,7 +2851,7 @@ class Daemon:
         for client in [*self.clients, *self.leaving]:
             client.tick()
         self.queue.tick()
-        if self.stop_by == NEVER:           # again, if there were no descriptors
+        if self.stop_by == NEVER:           # resume accepting, if descriptors had run out
             self.selector.watch(self.listener, READ, self.on_connection)
         rate = f"{self.bus.health.link.bitrate} bit/s, " if self.bus.health.link.bitrate else ""
         self.systemd.tick(
@@ -3098,7 +3107,7 @@ class Systemd:
         self.watchdog_s = self.watchdog_period()
         self.feed_at = now if self.watchdog_s < NEVER else NEVER
         self.state = self.numbers = ""          # as it last heard them
-        self.numbers_at = NEVER                 # not before it gets new numbers alone
+        self.numbers_at = NEVER                 # the earliest time to send numbers alone
 
     @staticmethod
     def watchdog_period() -> float:
@@ -3532,8 +3541,9 @@ def event_meaning(can_id: int, data: bytes) -> str:
             return measured_in_zone(note, data)
         if (vscp_class, vscp_type) == (20, 1):
             return button_text(data)
-        if vscp_class in (206, 212):
-            return data_meaning(vscp_class, vscp_type, data)
+        text = data_meaning(vscp_class, vscp_type, data)
+        if text:
+            return text
     except (ValueError, IndexError, struct.error):
         return ""
     return zone_text(note, data) if note.isalpha() else ""
@@ -3631,7 +3641,7 @@ class Summary:
 # 13. Options
 # =============================================================================
 # Checks all that can be checked before anything starts. A wrong value is one line on
-# stderr and exit status 2. To add an option, add it to its group in parse_arguments.
+# stderr and exit status 2. To add an option, add it to its group in make_parser.
 
 PORT = 8598                     # uvscpd's; the full VSCP daemon has 9598
 MAX_FILE_DEPTH = 10             # an @FILE within an @FILE ...
@@ -3830,7 +3840,7 @@ def read_users(path: str) -> "tuple[dict[str, User], bool]":
             if words:
                 name, password = map(login_argument, words[:2])
                 if name in users:
-                    raise VscpError(f"user {name} is there twice")
+                    raise VscpError(f"user {name} is listed twice")
                 privilege = words[2] if words[2:] else str(MAX_PRIVILEGE)
                 if not re.fullmatch("[0-9]|1[0-5]", privilege):     # perhaps a part of the password
                     raise VscpError("the privilege is not a number from 0 to 15")
@@ -3872,7 +3882,7 @@ def make_parser() -> Parser:
     """The options, in groups, as the help shows them."""
     parser = Parser(
         prog="uvscpd.py", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
-        description="The micro VSCP daemon: TCP clients to one CAN bus.",
+        description="The micro VSCP daemon: connects TCP clients to one CAN bus.",
         epilog="""examples:
   uvscpd.py -s -c :virtual:             try it: no hardware, no kernel support
   uvscpd.py -s -d -c can0               at the bench: see every command and event
@@ -3908,7 +3918,7 @@ An argument @FILE stands for the arguments in FILE, one per line. README.md has 
     add("--users", metavar="FILE", dest="users_file",
         help="users, one per line: NAME PASSWORD [PRIVILEGE [HOST...]]")
     add("-U", "--user", metavar="NAME", type=login_argument, help="name of one more user")
-    add("-P", "--password", metavar="PASSWORD", type=login_argument, help="its password")
+    add("-P", "--password", metavar="PASSWORD", type=login_argument, help="that user's password")
     add("--guest", metavar="PRIVILEGE", type=number_from(0, MAX_PRIVILEGE),
         help="privilege of clients that have not logged in, 0-15 (default 15, with --users 0)")
     add("--allow", metavar="PATTERN", type=parse_pattern, action="append", default=[],
@@ -4070,7 +4080,7 @@ def lock_pidfile(name: str) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         pid = os.read(descriptor, 20).decode("ascii", "replace").strip()
-        raise FileExistsError(errno.EEXIST, f"process {pid} is alive and has it") from None
+        raise FileExistsError(errno.EEXIST, f"process {pid} is running and holds it") from None
     if os.path.exists(name) and os.path.samestat(os.fstat(descriptor), os.stat(name)):
         return descriptor
     os.close(descriptor)            # the daemon that had it has just removed it
@@ -4134,8 +4144,8 @@ def serve(options: argparse.Namespace) -> int:
     if options.logins.users:
         import hmac  # noqa: F401  as later there may be no descriptor left to read it
     if os.getpid() == 1 and not options.stay:
-        log.info("as process 1 it stays in the foreground, as with --stay: "
-                 "a container ends with its process 1")
+        log.info("running as process 1: staying in the foreground, as with --stay, "
+                 "as a container ends with its process 1")
     child_end = None if options.stay or os.getpid() == 1 else detach()
     daemon = Daemon(options, listener)
     # A signal wakes the loop, which calls on_signal.
@@ -4183,7 +4193,7 @@ def main(arguments: "list[str] | None" = None) -> int:
         log.debug(traceback_text(error))
         return 1
     except Exception as error:
-        log.error("a bug in uvscpd.py, it ends:\n" + traceback_text(error))
+        log.error("a bug in uvscpd.py, the daemon exits:\n" + traceback_text(error))
         return 1
 
 
