@@ -3589,7 +3589,8 @@ class ProcessTest(OwnDaemonTestCase):
                 (uvscpd.VscpError("no"), 2, r"uvscpd\.py: no"),
                 (OSError(errno.EIO, "no", "/x"), 1, r"uvscpd\.py: /x: no\n.* Traceback .*"),
                 (OSError("no"), 1, r"uvscpd\.py: no\n.* Traceback .*"),
-                (KeyError("no"), 1, r"a bug in uvscpd\.py, the daemon exits:\nTraceback .*KeyError: 'no'")):
+                (KeyError("no"), 1,
+                 r"a bug in uvscpd\.py, the daemon exits:\nTraceback .*KeyError: 'no'")):
             with self.subTest(repr(error)), mock.patch("signal.signal"), logged() as lines, \
                     mock.patch("uvscpd.serve", side_effect=error), \
                     mock.patch.object(uvscpd.log, "debugging", False):
