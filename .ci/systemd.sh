@@ -54,7 +54,8 @@ await() {  # SECONDS WHAT COMMAND...: the command succeeds within that time
 
 # README's texts.  The last step compares.
 
-install='sudo install -m 755 uvscpd.py /usr/local/bin/
+install='sudo install -D -m 644 uvscpd.py /usr/local/lib/uvscpd/__main__.py
+sudo python3 -I -S /usr/local/lib/uvscpd --version
 sudo install -m 644 uvscpd.service /etc/systemd/system/
 sudo systemctl enable --now uvscpd'
 
@@ -76,7 +77,7 @@ sudo tee /etc/systemd/system/uvscpd.service.d/password.conf <<'\''EOF'\''
 [Service]
 LoadCredential=uvscpd:/etc/uvscpd.conf
 ExecStart=
-ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can0 @%d/uvscpd
+ExecStart=/usr/bin/python3 -I -S /usr/local/lib/uvscpd --stay --canbus can0 @%d/uvscpd
 EOF
 sudo systemctl daemon-reload && sudo systemctl restart uvscpd'
 
@@ -88,7 +89,9 @@ After=network-online.target
 EOF
 sudo systemctl daemon-reload'
 
-upgrade='sudo install -m 755 uvscpd.py /usr/local/bin/ && sudo systemctl restart uvscpd'
+upgrade='sudo install -D -m 644 uvscpd.py /usr/local/lib/uvscpd/__main__.py
+sudo python3 -I -S /usr/local/lib/uvscpd --version
+sudo systemctl restart uvscpd'
 
 user() {  # COMMANDS: run by somebody who may sudo, at home
     runuser -l somebody -c "set -e; $1" >/tmp/output 2>&1 || { cat /tmp/output; fail "$1"; }
@@ -293,7 +296,7 @@ if [ "$(<"$job/start")" = 1 ]; then
     disconnect
     user "${online//uvscpd.service/uvscpd-can1.service}"        # for the second start
     printf '%s\n' '[Service]' 'ExecStart=' \
-        'ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can1 --port 8599 -g ip' \
+        'ExecStart=/usr/bin/python3 -I -S /usr/local/lib/uvscpd --stay --canbus can1 --port 8599 -g ip' \
         >/etc/systemd/system/uvscpd-can1.service.d/guid.conf
     third_bus=${second_bus//can1/vscpbus0}
     user "${third_bus/8599/8600}"
@@ -474,7 +477,7 @@ rm -r /etc/systemd/system/uvscpd.service.d
 own_guid() {  # mac|ip GUID: what -g gives, with the channel id and two zeros behind it
     mkdir -p "/run/systemd/system/$unit.service.d"
     printf '%s\n' '[Service]' 'ExecStart=' \
-        "ExecStart=/usr/bin/python3 -I /usr/local/bin/uvscpd.py --stay --canbus can0 -g $1" \
+        "ExecStart=/usr/bin/python3 -I -S /usr/local/lib/uvscpd --stay --canbus can0 -g $1" \
         >"/run/systemd/system/$unit.service.d/guid.conf"
     systemctl daemon-reload
     systemctl reset-failed "$unit"
