@@ -1319,7 +1319,9 @@ class LinkTest(unittest.TestCase):
         "k3=3 koff0=3 k0=0", "k1=1 kdown=4 e040.00=4 k0=0", "kdown=4 k-=0",
         "k-=0 e004.0C=1 k-=1 f=1 s=1 f=0", "k-=0 e004.0C=1 k-=1 e004.40=0",
         "k-=0 e040.00=3 k-=3 f=3 s=3 f=0", "k-=0 koff-=3 k-=0", "k-=0 koff-=3 e004.40=3 k-=0",
-        "k-=0 e040.00=3 kdown=4 k-=0", "k0=0 kgone=4", "k0=0 e004.30=2 e001.00=2 k2=2")
+        "k0=0 e040.00=3 e100.00=0 e020.00=1 f=0", "k0=0 e004.30=2 e004.0C=1 e020.00=1 f=1",
+        "k0=0 e024.08=1 k0=0", "k-=0 e040.00=3 kdown=4 k-=0", "k0=0 kgone=4",
+        "k0=0 e004.30=2 e001.00=2 k2=2")
 
     def play(self, bus: uvscpd.Bus, what: str) -> None:
         """Let one thing of a history happen."""
@@ -1356,17 +1358,104 @@ class LinkTest(unittest.TestCase):
         bus.on_error_frame(0x204, bytes((0, 0x0C, 0, 0, 0, 0, 96, 0)))
         self.assertEqual(bus.health.state[:4], (1, 4, 0x0C, "error warning"))
 
+    def bus_with_frames(self, **about: Any) -> tuple[uvscpd.Bus, list[Any]]:
+        """As bus(), and a list from which it reads frames; CAN id, data[1] and flags of each."""
+        bus = self.bus(**about)
+        coming: list[tuple[int, int, int]] = []
+
+        def recvmsg(*_sizes: int) -> tuple[bytes, list[Any], int, None]:
+            if not coming:
+                raise BlockingIOError
+            can_id, controller, flags = coming.pop(0)
+            time_of_it = (socket.SOL_SOCKET, 64, struct.pack("=qq", 1, 2))
+            return (struct.pack("=IB3x8s", can_id, 8, bytes((0, controller))), [time_of_it], flags,
+                    None)
+
+        bus.sock = mock.Mock(recvmsg=recvmsg, getsockname=lambda: ("can0",),
+                             getsockopt=mock.Mock(return_value=bytes(36)))
+        bus.out, bus.filters, bus.receives_own = mock.Mock(), [(0, 0)], False
+        return bus, coming
+
+    ERROR = 0x20000000
+    CONFIRMED = (uvscpd.EFF_FLAG | 7, 0, uvscpd.MSG_CONFIRM)
+
     def test_own_frames_at_bus_off(self) -> None:
-        for what, sender in (("e040.00 k3 e004.40", SENDERS["A"]),      # the controller sends them
-                             ("e040.00 k3 e100.00", None)):             # the kernel drops them
-            bus = self.bus(state=0)
-            bus.own.add(1, b"", SENDERS["A"])
-            for each in what.split():
-                self.play(bus, each)
-            with mock.patch.object(bus, "sock", mock.Mock(recvmsg=mock.Mock(
-                    side_effect=BlockingIOError))):
-                bus.read(1)
-            self.assertIs(bus.own.claim(1, b""), sender)
+        for recovery in (self.ERROR | 0x004, 0x40, 0), (self.ERROR | 0x100, 0, 0):
+            bus, coming = self.bus_with_frames(state=0)
+            bus.has_others = True
+            bus.update_receive_own()
+            bus.send(7, bytes(8), SENDERS["A"])
+            coming += [(self.ERROR | 0x040, 0, 0), recovery, self.CONFIRMED]
+            frames, _ = bus.read(9)
+            self.assertEqual([frame[4] for frame in frames], [SENDERS["A"]])
+
+    def test_own_frame_that_ends_a_trouble_is_not_given_to_its_sender(self) -> None:
+        bus, coming = self.bus_with_frames(state=0)
+        coming.append((self.ERROR | uvscpd.ERR_ACK, 0, 0))
+        bus.read(9)
+        self.assertTrue(bus.receives_own)       # for a lone client, too
+        bus.send(7, bytes(8), SENDERS["A"])
+        coming += [self.CONFIRMED, (self.ERROR | 0x004, 0x40, 0)]
+        frames, _ = bus.read(9)
+        self.assertEqual(([frame[4] for frame in frames], bus.receives_own), ([SENDERS["A"]], True))
+        with mock.patch.object(bus.health, "log_remarks"):
+            bus.check(0.0)
+        self.assertFalse(bus.receives_own)
+
+    def test_error_frame_that_says_nothing_of_the_state_outdates_no_answer(self) -> None:
+        for error_class, controller, outdates in ((0x008, 0, False), (0x004, 0x01, False),
+                                                  (0x080, 0, False), (0x004, 0x08, True)):
+            bus, coming = self.bus_with_frames(state=0)
+            bus.netlink = mock.Mock()
+            coming.append((self.ERROR | error_class, controller, 0))
+            bus.read(9)
+            self.assertEqual(bus.netlink.outdate.called, outdates)
+
+    def test_bus_off_before_the_first_answer(self) -> None:
+        bus = self.bus()
+        bus.out, bus.health.link = mock.Mock(), uvscpd.UNKNOWN
+        for what in "e040.00", "k3":
+            self.play(bus, what)
+        with self.assertRaises(uvscpd.NoRoom):
+            bus.send(1, b"", SENDERS["A"])
+
+    def test_no_descriptor_to_ask_without_rtnetlink(self) -> None:
+        bus = self.bus()
+        bus.netlink, sock = mock.Mock(sock=None), bus.sock
+        with mock.patch.object(socket, "socket", side_effect=OSError(errno.EMFILE, "none")):
+            bus.ask()
+        self.assertIs(bus.sock, sock)
+
+    def test_one_question_for_many_SENDs(self) -> None:
+        bus = self.bus()
+        bus.netlink = mock.Mock()
+        bus.out = mock.Mock(send=mock.Mock(side_effect=OSError(errno.ENETDOWN, "")))
+        for _ in range(5):
+            with self.assertRaisesRegex(uvscpd.VscpError, "can0 is down"):
+                bus.send(1, b"", SENDERS["A"])
+        self.assertEqual(bus.netlink.outdate.call_count, 1)
+
+    def test_messages_that_found_no_room(self) -> None:
+        netlink = uvscpd.Netlink("can0")
+        self.addCleanup(netlink.close)
+        assert netlink.sock
+        message = struct.pack("=IHHII", 16 + len(link_message()), 16, 0, 0, 0) + link_message()
+        with mock.patch.object(netlink, "ask") as ask, mock.patch.object(
+                netlink, "sock", mock.Mock(recv=mock.Mock(side_effect=[
+                    message, OSError(errno.ENOBUFS, ""), message, BlockingIOError]))) as sock:
+            netlink.asked = True
+            ask.side_effect = lambda: self.assertEqual(sock.recv.call_count, 4)
+            self.assertEqual([link.names for _, link in netlink.read()], [("can0",)] * 2)
+        ask.assert_called_once_with()           # once all has been read
+        self.assertFalse(netlink.asked)
+
+    def test_interface_that_is_not_CAN_is_not_opened(self) -> None:
+        bus = self.bus()
+        bus.sock = None
+        with mock.patch.object(bus, "open") as opened:
+            bus.on_link(True, self.UP._replace(is_can=False))
+        self.assertFalse(opened.called)
+        self.assertEqual(bus.health.state.text, "can0 is not a CAN interface")
 
     def test_what_is_logged_of_an_interface(self) -> None:
         for about, texts in (
@@ -1391,7 +1480,8 @@ class LinkTest(unittest.TestCase):
                                  ({"bitrate": 250000}, 1), ({"bitrate": 250000, "up": False}, 0)):
                 lines.clear()
                 bus.health.link = self.UP._replace(**about)
-                bus.health.log_remarks(1 << 22)
+                with mock.patch.object(bus, "sock", mock.Mock(getsockopt=lambda *_: 1 << 22)):
+                    bus.check(0.0)
                 self.assertEqual(len(lines), count, about)
 
     def test_missing_in_the_first_seconds(self) -> None:
