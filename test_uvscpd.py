@@ -4341,7 +4341,7 @@ class SendersTest(KernelTestCase):
 
     def test_confirmations_lost_in_a_full_receive_buffer(self) -> None:
         bus, node = uvscpd.Bus(self.name, lambda _sock: None), self.node()
-        self.addCleanup(bus.close)
+        self.addCleanup(bus.end)
         bus.set_filters([(0, 0)], True)
 
         def read() -> list[Any]:
