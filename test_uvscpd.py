@@ -1638,6 +1638,7 @@ class LineTest(unittest.TestCase):
         (b"send 3\x082\nnoob\x7fp\n", ["send 2", "noop"]),
         (b"\x08\x7fx\x08\x08noop\r\n", ["noop"]),
         (b"3\xc3\xa9\x082\n3\xc3\xa9\x08\x082\n3\xe9\x7f2\n", ["32", "2", "32"]),
+        (b"13\x84\x082\n3\xa7\x082\n1\xb0\x08\n", ["132", "32", "1"]),      # CP850, Latin-1
         (b"x" * 600 + b"\x08" * 200 + b"\n", [TOO_LONG]),
         (b"x" * 513 + b"\x08\n", [TOO_LONG]),
         # Cursor keys
@@ -1655,6 +1656,14 @@ class LineTest(unittest.TestCase):
         reader = uvscpd.LineReader()
         return [str(line) for piece in in_pieces(data, size or len(data))
                 for line in reader.feed(piece)]
+
+    def test_end_of_the_input(self) -> None:
+        for data, lines in ((b"chid", ["chid"]), (b"chid\n", []), (b"", []), (b"\xff", []),
+                            (b"chid\xff", ["chid"]), (b"chid\xff\xfb", ["chid"]),
+                            (b"chid\xff\xfa\x18", ["chid"])):
+            reader = uvscpd.LineReader()
+            reader.feed(data)
+            self.assertEqual(list(reader.end()), lines, data)
 
     def test_lines_in_pieces_of_any_size(self) -> None:
         for data, lines in self.LINES:
@@ -2577,7 +2586,12 @@ class ConnectionTest(OwnDaemonTestCase):
             if bad == "127.0.0.1" or ipv6_works():
                 with Peer(daemon.port, bad) as peer:
                     peer.expect("-OK - Invalid or unknown peer.", "(closed)")
-                self.assertIn(f"{peer.name}: refused: Invalid or unknown peer.", daemon.stop())
+                for _ in range(3):          # one warning per minute and address
+                    with Peer(daemon.port, bad) as another:
+                        another.expect("-OK - Invalid or unknown peer.", "(closed)")
+                log = daemon.stop()
+                self.assertEqual(log.count("refused: Invalid or unknown peer."), 1)
+                self.assertIn(f"{peer.name}: refused: Invalid or unknown peer.", log)
 
     def test_connection_that_cannot_be_accepted(self) -> None:
         daemon = self.daemon_in_process()
@@ -2838,6 +2852,24 @@ class RoomTest(OwnDaemonTestCase):
         order = [vscp_type for vscp_type, _ in events]
         self.assertLess(max(order.index(number) for number in range(5)),
                         min(len(order) - order[::-1].index(number) for number in range(5)))
+
+    def test_SENDs_that_wait_when_the_interface_goes(self) -> None:
+        daemon = self.daemon_in_process()
+        clients = [self.connect_in_process(daemon)[0] for _ in range(2)]
+        with mock.patch.object(daemon.bus, "send", side_effect=uvscpd.NoRoom("full", 1.0)):
+            for client in clients:
+                client.lines.append("send 96,20,3,0,,0,-")
+                client.turn()
+        daemon.bus.close()
+        daemon.bus.health.set_unusable(errno.ENETDOWN)
+        daemon.on_links()
+        self.assertEqual(daemon.wake_at, daemon.now)        # at once, not after 1.4 s
+        with mock.patch.object(uvscpd.Client, "reply") as reply:
+            daemon.queue.on_room()
+        self.assertFalse(daemon.queue.waiting)
+        for call in reply.call_args_list:
+            self.assertIn("is down", call[0][0])
+        self.assertEqual(len(reply.call_args_list), 2)
 
     def test_each_SEND_that_waits_has_its_own_time(self) -> None:
         daemon = self.daemon_in_process()
@@ -3513,6 +3545,8 @@ class ArgumentTest(OwnDaemonTestCase):
         with open(name, "w", encoding="ascii") as file:
             file.write(f"-s\n@{name}")
         self.assert_error(f"{name}: line 2: too many files within files", "@" + name)
+        name = self.file("--password\nx\n--stay\n--password\n")
+        self.assert_error(f"{name}: line 4: argument -P/--password: expected one argument", "@" + name)
 
     def test_files_saved_on_Windows(self) -> None:
         mark = b"\xEF\xBB\xBF".decode("latin-1")
@@ -3755,6 +3789,7 @@ class ProcessTest(OwnDaemonTestCase):
         daemon = self.start("-d", "-U", "hass", "-P", "x")
         a, b = self.connect(daemon), self.connect(daemon)
         talk("""
+            A> hunter2 | -OK - invalid command
             A> user hass ; pass x ; send 96,20,4,0,,0,-,0,1 ; chid | 0 | +OK
             B> send 0,10,6,0,,0,::5 ; send 0,20,6,0,,0,::5 ; send 0,0,6,0,,0,::5
             A= 3
@@ -3763,6 +3798,7 @@ class ProcessTest(OwnDaemonTestCase):
         a.__exit__()
         daemon.await_log("disconnected")
         log = daemon.stop()
+        self.assertNotIn("hunter2", log)       # it may be a password
         for text in (f"{a.name} > user hass", f"{a.name} < {OK}", f"{a.name} (hass) > pass ***",
                      f"{a.name} (hass) > chid", f"{a.name} (hass) < 0",
                      "hass      * 0C140400  INFORMATION OFF (20.4)         host p3     00 01"

@@ -76,7 +76,7 @@ __version__ = "1.0.0"
 # and messages for the operator, which never block. Constants stand at the head of the
 # section that they are about.
 
-MAX_REMEMBERED = 1000           # messages that RateLimit remembers
+MAX_REMEMBERED = 1000           # messages about one thing that RateLimit remembers
 
 NEVER = float("inf")
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -192,7 +192,7 @@ class RateLimit:
         if self.again_at.get((what, whom), 0.0) > now:
             return False
         self.again_at = {each: when for each, when in self.again_at.items() if when > now}
-        if len(self.again_at) >= MAX_REMEMBERED:
+        if sum(each[0] == what for each in self.again_at) >= MAX_REMEMBERED:
             return False
         self.again_at[what, whom] = now + period_s
         return True
@@ -286,7 +286,7 @@ def guid_bytes(text: str) -> bytes:
     text = text[1:-1] if text[:1] == "{" and text[-1:] == "}" else text
     if text == "-":
         return GUID_ZERO
-    if text.startswith("::"):
+    if "::" in text:
         raise VscpError(UNSURE_GUID)
     filling = GUID_FILLING.get(text[:2], b"")
     groups = re.split("[:-]", text[2:] if filling else text)
@@ -1699,8 +1699,9 @@ MARK = bytes(byte if byte in b"\r\n" or 0x20 <= byte <= 0x7E and byte != ord("/"
              for byte in range(0x100))
 CR = ord("\r")                  # a number, as bytes are searched faster for one
 ESCAPE = "\x1b"                 # begins what a cursor key sends
-# The second and later bytes of a character in UTF-8; in Latin-1 no letters.
-CONTINUATION = "".join(map(chr, range(0x80, 0xC0)))
+# The last character of a line: in UTF-8, else (Latin-1, Windows' telnet) a byte.
+LAST_CHARACTER = re.compile("(?s)([\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}"
+                            "|[\xf0-\xf4][\x80-\xbf]{3}|.)\\Z")
 # A tab is a blank. What is not ASCII is kept until the line ends, as backspace may be meant for it.
 CLEAN = {0x09: " ", **dict.fromkeys(range(0x80, 0x100))}
 # Telnet (RFC 854): IAC is FF, WILL to DONT are FB to FE, SB is FA, SE is F0.
@@ -1778,6 +1779,11 @@ class LineReader:
                 return lines
         return self.feed_pieces(data)
 
+    def end(self) -> "Sequence[str | VscpError]":
+        """The end of the input, where a last line counts without a line end."""
+        self.telnet = b""           # or the line end would be taken for the rest of it
+        return self.feed(b"\n") if self.partial else []
+
     def feed_pieces(self, data: bytes) -> "list[str | VscpError]":
         """As feed(), for any bytes: piece by piece."""
         if self.at_start and BINARY.match(data):
@@ -1809,7 +1815,7 @@ class LineReader:
     def erase(self) -> None:
         """Take away the last character, unless the line is wrong: it stays so."""
         if len(self.partial) <= MAX_LINE and ESCAPE not in self.partial:
-            self.partial = self.partial.rstrip(CONTINUATION)[:-1]
+            self.partial = self.partial[:-4] + LAST_CHARACTER.sub("", self.partial[-4:], 1)
 
     def ends_line(self, byte: bytes) -> bool:
         """Whether CR or LF ends a line: not LF if CR just did, and not CR if there is no line."""
@@ -1824,7 +1830,7 @@ class LineReader:
 
 def hide_password(line: str) -> str:
     """The line as it may be shown: nothing after PASS, nor where it is typed by mistake."""
-    return re.sub(r"(?i)(pass|user +\S+ |^ *\+).+", r"\1 ***", line)
+    return re.sub(r"(?i)(pass|user\S* +\S+ |^ *\+).+", r"\1 ***", line)
 
 
 class Client:
@@ -1909,7 +1915,8 @@ class Client:
 
     def refuse(self, reason: str) -> None:
         """Say why it may not connect, and let it go."""
-        log.warning(f"{self.name}: refused: {reason}")
+        if self.daemon.rate_limit.allows("refused", self.host, NOT_VSCP_S, self.daemon.now):
+            log.warning(f"{self.name}: refused: {reason}")
         self.write(refusal(reason))
         self.leave()
 
@@ -2013,7 +2020,7 @@ class Client:
         self.peer_closed_writing = not data
         if self.leave_by == NEVER:
             # At the end of the input a last line counts without a line end.
-            lines = self.reader.feed(data or b"\n" * bool(self.reader.partial))
+            lines = self.reader.feed(data) if data else self.reader.end()
             if not self.announced and lines and not isinstance(lines[0], NotVscp):
                 self.announce()
             self.lines.extend(lines)
@@ -2032,7 +2039,7 @@ class Client:
                 self.pause(later.at)
                 break
             if log.debugging and isinstance(line, str):
-                log.debug(f"{self.name} > {hide_password(line)}")
+                log.debug(f"{self.name} > {self.shown(line)}")
             if self.stream_at != stream_at:
                 # Replies to RCVLOOP and QUITLOOP go out in a write of their own.
                 self.flush()
@@ -2042,6 +2049,13 @@ class Client:
                 self.reply(reply)
         if self.peer_closed_writing and not self.lines and self.resume_at <= self.daemon.now:
             self.leave()
+
+    def shown(self, line: str) -> str:
+        """A line as -d shows it. With users, one that is no command may be a password."""
+        words = line.split()
+        if self.daemon.logins.users and words and words[0].lower() not in COMMANDS:
+            return "*** (no command)"
+        return hide_password(line)
 
     def refuse_line(self, error: VscpError) -> str:
         """The reply to a line that is known to be wrong; the end after too many wrong log-ins."""
@@ -2511,7 +2525,7 @@ def do_send(client: Client, text: str) -> str:
 @command("sgid setguid", 6, "GUID", "set the GUID of this client; - restores the original one")
 def do_sgid(client: Client, text: str) -> str:
     first_guid = client_guid(client.daemon.options.guid, client.channel_id)
-    client.guid = first_guid if text == "-" else parse_guid(text)
+    client.guid = first_guid if text in ("-", "{-}") else parse_guid(text)
     client.set_view()
     return ok()
 
@@ -2795,6 +2809,9 @@ class SendQueue:
         room_wanted = bool(self.waiting) and self.retry_at == NEVER
         if self.daemon.bus.out:
             self.daemon.selector.watch(self.daemon.bus.out, WRITE * room_wanted, self.on_room)
+        elif self.waiting:
+            self.retry_at = self.daemon.now     # the interface is gone: on_room() answers that
+            self.daemon.wake_by(self.retry_at)
 
 
 class Daemon:
@@ -3681,7 +3698,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> "NoReturn":
         """Raise VscpError with what is wrong, without words that may be a password."""
-        text = re.sub(r"(--[\w-]+)=\S*", r"\1", message)
+        text = re.sub(r"(--[\w-]+)=.*?(?= could match|$)", r"\1", message)
+        text = re.sub(r"(ignored explicit argument).*", r"\1", text)
         if text.startswith("unrecognized arguments"):
             names = [word for word in text.split() if word.startswith("-")]
             text = " ".join(["unrecognized arguments" + ":" * bool(names), *names]) + ", see --help"
@@ -3989,16 +4007,24 @@ def parse_arguments(arguments: "list[str] | None") -> argparse.Namespace:
 
 
 def place_of_error(parser: Parser, expanded: "list[tuple[str, str]]", message: str) -> str:
-    """Where the argument stands that causes this error: the last of the fewest that do."""
-    if not any(place for _, place in expanded):     # no file
-        return ""
-    for count in range(1, len(expanded) + 1):
+    """Where the argument stands with which this error begins; "" without a file."""
+    def has_error(count: int) -> bool:
         try:
             parser.parse_args([argument for argument, _ in expanded[:count]])
         except VscpError as error:
-            if str(error) == message:
-                return expanded[count - 1][1]
-    return ""
+            return str(error) == message
+        return False
+
+    before, place = 0, len(expanded)
+    if not any(where for _, where in expanded) or not has_error(place):
+        return ""
+    while place - before > 1:           # bisection: a file may have many lines
+        middle = (before + place) // 2
+        if has_error(middle):
+            place = middle
+        else:
+            before = middle
+    return expanded[place - 1][1]
 
 
 # =============================================================================
