@@ -1547,7 +1547,7 @@ class LinkTest(unittest.TestCase):
         for old_form, data in ((0, struct.pack("=qq", 7, 9)), (1, struct.pack("@ll", 7, 9))):
             bus = self.bus()
             bus.set_options(mock.Mock(getsockopt=mock.Mock(return_value=old_form)))
-            self.assertEqual(bus.unpack(frame + data), (*uvscpd.unpack_frame(frame), 7, 9))
+            self.assertEqual(bus.unpack[2](frame + data), (uvscpd.EFF_FLAG | 5, b"ab", 7, 9))
 
     def test_Python_without_SocketCAN(self) -> None:
         for error in AttributeError("CAN_RAW"), OSError("unknown address family"):
@@ -2006,6 +2006,13 @@ class LeavingTest(OwnDaemonTestCase):
             self.assertEqual(client.sock.getsockopt(
                 socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}")), value, option)
         self.assertTrue(client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+
+    def test_client_that_another_one_has_closed_in_this_tick(self) -> None:
+        daemon, client = self.daemon_and_client_in_process()
+        client.peer_closed_writing = True
+        client.close()
+        client.tick()
+        self.assertFalse(daemon.leaving)
 
     def test_peer_that_acknowledges_nothing_for_five_minutes(self) -> None:
         for milliseconds, gone in ((299999, False), (300001, True)):
@@ -2793,7 +2800,10 @@ class SelectorTest(OwnDaemonTestCase):
                     action.reset_mock()
                 selector.forget(one)
                 self.assertEqual(selector.poll(0), [])
-                for thing in (selector, one, other):
+                one.close()
+                selector.watch(one, selectors.EVENT_READ, action)       # is too late
+                self.assertEqual(selector.watched, {})
+                for thing in (selector, other):
                     thing.close()
 
     def test_socket_that_is_closed_in_its_turn(self) -> None:
