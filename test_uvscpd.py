@@ -1398,7 +1398,7 @@ class LinkTest(unittest.TestCase):
         coming += [self.CONFIRMED, (self.ERROR | 0x004, 0x40, 0)]
         frames, _ = bus.read(9)
         self.assertEqual(([frame[4] for frame in frames], bus.receives_own), ([SENDERS["A"]], True))
-        with mock.patch.object(bus.health, "log_remarks"):
+        with mock.patch.object(bus.health, "log_remarks"), logged():
             bus.check(0.0)
         self.assertFalse(bus.receives_own)
 

@@ -479,7 +479,7 @@ def utc_text(seconds: int) -> str:
 
 
 class EventLines:
-    """Makes the event lines of clients who see the same GUID.
+    """Makes the event lines of clients that see the same GUID.
 
     `guid` is the text of its first 15 bytes. The date ends in Z, without which
     node-vscp-tcp takes it for local time. The timestamp is the lower 32 bits of
@@ -767,7 +767,7 @@ class Logins:
 # What the kernel says of them by rtnetlink: is the interface there, and CAN, and up;
 # its bit rate, the state of its controller, its queue.
 
-# What the kernel says of a network interface (rtnetlink(7); linux/if_link.h, linux/can/netlink.h).
+# A network interface as the kernel tells it (rtnetlink(7); linux/if_link.h, linux/can/netlink.h).
 # What it does not say is None: a vcan has neither bit rate nor state.
 Link = namedtuple("Link", "names index is_can up carrier bitrate state listen_only qdisc kind")
 UNKNOWN = Link((), *[None] * (len(Link._fields) - 1))
@@ -2594,7 +2594,8 @@ BUSY_FRAMES, BUSY_S = 8, 0.02   # the bus is busy when so many frames come withi
 GATHER_S = 0.005                # how often a busy bus is read
 ANSWER_S = 0.02                 # for so long after a SEND, its client waits for an answer
 # A SEND is refused if it has found no room for so long. VSCP's C++ programs wait 2 s, and take an
-# answer that comes later for that of their next command. 0.1 s is for a long turn of the loop.
+# answer that comes later for that of their next command. So none shall come later than 1.5 s; the
+# other 0.1 s is for a long turn of the loop.
 SEND_WAIT_S = 1.4
 STOPPING_S = 0.5                # for last replies when the daemon ends
 MAX_LEAVING = 100               # connections that linger at the same time
@@ -2731,9 +2732,9 @@ class SendQueue:
     """Takes the clients' SENDs to the bus; those that find no room wait here as frames.
 
     A client has at most one here, as none of its lines runs meanwhile. The first one
-    stays the first until it has been sent or its time is over. That is the earliest, as
-    they stand here in the order in which their lines were run. The time of a line that a
-    client has sent ahead counts from there, too: before that, it has not been read.
+    stays the first until it has been sent or its time is over; as they stand here in the
+    order in which their lines were run, its time is over first. The time runs from when a
+    line is run, not from when the client sent it.
     """
 
     def __init__(self, daemon: "Daemon") -> None:
