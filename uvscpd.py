@@ -1707,13 +1707,14 @@ MARK = bytes(byte if byte in b"\r\n" or 0x20 <= byte <= 0x7E and byte != ord("/"
              for byte in range(0x100))
 CR = ord("\r")                  # a number, as bytes are searched faster for one
 ESCAPE = "\x1b"                 # begins what a cursor key sends
+# Patterns, compiled when one is first used: few lines need them, and it takes 25 ms of the start.
 # The last character of a line: in UTF-8, else (Latin-1, Windows' telnet) a byte.
-LAST_CHARACTER = re.compile("(?s)([\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}"
-                            "|[\xf0-\xf4][\x80-\xbf]{3}|.)\\Z")
+LAST_CHARACTER = ("(?s)([\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}"
+                  "|[\xf0-\xf4][\x80-\xbf]{3}|.)\\Z")
 # A tab is a blank. What is not ASCII is kept until the line ends, as backspace may be meant for it.
 CLEAN = {0x09: " ", **dict.fromkeys(range(0x80, 0x100))}
 # Telnet (RFC 854): IAC is FF, WILL to DONT are FB to FE, SB is FA, SE is F0.
-PIECES = re.compile(rb"""(?sx)
+PIECES = rb"""(?sx)
     (?P<text>  [\t\x1b\x20-\x7e\x80-\xfe]+ )
   | (?P<end>   [\r\n] )
   | (?P<erase> [\x08\x7f] )                                    # backspace, DEL
@@ -1722,13 +1723,13 @@ PIECES = re.compile(rb"""(?sx)
           | [\xf0-\xf9\xff] )                                 # IAC and a command, IAC IAC
   | (?P<cut>   \xff (?: \xfa .* | [\xfb-\xfe] )? \Z )         # the rest is still to come
   | .                                                         # other bytes are dropped
-""")
+"""
 # Nobody types such a byte first, but TLS and other binary protocols begin with one.
-BINARY = re.compile(rb"[\x00-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f]")
+BINARY = rb"[\x00-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f]"
 # What begins an HTTP request (RFC 9112): method, target, version. fetch() lets a page choose nearly
 # any word as the method, and a cut request may lack the version. And the header that follows.
-HTTP = re.compile(r" *(\S+ +\S.* HTTP/\d"
-                  r"|(?i:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH) +\S*/|[Hh]ost:)")
+HTTP = (r" *(\S+ +\S.* HTTP/\d"
+        r"|(?i:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH) +\S*/|[Hh]ost:)")
 
 
 def shorten(line: str) -> str:
@@ -1741,7 +1742,7 @@ def shorten(line: str) -> str:
 def check_line(line: str) -> "str | VscpError":
     """A line as a command, or the error why it cannot be one."""
     command = line.translate(CLEAN)
-    if HTTP.match(command):
+    if re.match(HTTP, command):
         return NotVscp("an HTTP request")
     if ESCAPE in line:
         return VscpError("a cursor or function key is in this line, please type it again")
@@ -1794,11 +1795,11 @@ class LineReader:
 
     def feed_pieces(self, data: bytes) -> "list[str | VscpError]":
         """As feed(), for any bytes: piece by piece."""
-        if self.at_start and BINARY.match(data):
+        if self.at_start and re.match(BINARY, data):
             return [NotVscp("binary data, perhaps TLS")]
         lines: list[str | VscpError] = []
         data, self.telnet, self.at_start = self.telnet + data, b"", False
-        for match in PIECES.finditer(data):
+        for match in re.finditer(PIECES, data):
             kind, piece = match.lastgroup, match[0]
             if kind == "text":
                 self.add(piece.decode("latin-1"))
@@ -1823,7 +1824,8 @@ class LineReader:
     def erase(self) -> None:
         """Take away the last character, unless the line is wrong: it stays so."""
         if len(self.partial) <= MAX_LINE and ESCAPE not in self.partial:
-            self.partial = self.partial[:-4] + LAST_CHARACTER.sub("", self.partial[-4:], 1)
+            self.partial = self.partial[:-4] + re.sub(
+                LAST_CHARACTER, "", self.partial[-4:], count=1)
 
     def ends_line(self, byte: bytes) -> bool:
         """Whether CR or LF ends a line: not LF if CR just did, and not CR if there is no line."""
