@@ -3218,7 +3218,8 @@ MEANINGS = """
         | 1107EA0B16172000: 2026-11-22 23:32:00, sensor 1 | 5A323333323030: 23:32:00, sensor 2
         | 5832333332303000: 23:32:00, sensor 0
         | 3807EA0B16172000: bytes 7 234 11 22 23 32 0, sensor 0 | 58313A3333:
-        | 502D35: -5, unit 2, sensor 0 | 6805: 5 ms, sensor 0 | 6005: 5 s, sensor 0
+        | 5031323334353637: 1234567, unit 2, sensor 0 | 502D35: -5, unit 2, sensor 0
+        | 6805: 5 ms, sensor 0 | 6005: 5 s, sensor 0
         | 302007EA0B16: bytes 32 7 234 11 22, sensor 0
     0C0A0E05 MEASUREMENT POWER | 6005: 5 W, sensor 0 | 6805: 5 hp(M), sensor 0
         | 7005: 5 hp(I), sensor 0 | 7805: 5, unit 3, sensor 0

@@ -2763,7 +2763,6 @@ class SendQueue:
         if not self.waiting and self.try_to_send(client, can_id, data):
             return SUCCESS
         self.waiting[client] = can_id, data, self.daemon.now + SEND_WAIT_S
-        self.daemon.soon(self.refuse_at)
         client.pause(NEVER)
         self.watch()
         return ""
@@ -2798,7 +2797,7 @@ class SendQueue:
         self.watch()
 
     def tick(self) -> None:
-        """Refuse what has waited too long."""
+        """Refuse what has waited too long; runs every TICK_S, so it knows each time beforehand."""
         while self.refuse_at <= self.daemon.now:
             client = next(iter(self.waiting))
             del self.waiting[client]
@@ -3487,7 +3486,7 @@ def zone_text(first: str, data: bytes) -> str:
     >>> zone_text("level", bytes([50, 1, 255, 7]))
     'level 50, zone 1, all sub-zones'
     """
-    return ", ".join([*(f"{first} {byte}" for byte in data[:1]), *zones(data[1:3])])
+    return ", ".join([*(f"{first} {byte}" for byte in data[:1]), *zones(data[1:])])
 
 
 def measured_in_zone(units: str, data: bytes) -> str:
@@ -3519,7 +3518,7 @@ def button_text(data: bytes) -> str:
     parts = [BUTTON_STATES.get(state, f"state {state}")]
     if repeats:
         parts.append(counted(repeats, "repeat"))
-    parts += zones(data[1:3])
+    parts += zones(data[1:])
     parts += [f"{word} {data[place] << 8 | data[place + 1]}"
               for word, place in (("code", 3), ("code page", 5)) if len(data) > place + 1]
     return ", ".join(parts)
