@@ -5053,7 +5053,8 @@ class LogTest(OwnDaemonTestCase):
             self.assertLess(time.monotonic(), deadline, daemon.log)
             self.call(daemon.port)
             calls += 1
-        with Peer(daemon.port).greeted() as last:       # its line comes after the count of all before
+        # Its line comes after the count of all before.
+        with Peer(daemon.port).greeted() as last:
             last.say("quit | +OK - bye | (closed)")
         calls += 1
         daemon.await_log(f"{re.escape(last.name)}: disconnected")
