@@ -3667,6 +3667,24 @@ STOPPING = "-OK - uvscpd is stopping"
 
 
 class ProcessTest(OwnDaemonTestCase):
+    def test_as_installed(self) -> None:
+        """As __main__.py of a directory it prints the same, and runs from the compiled code."""
+        directory = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, directory)
+        shutil.copy(PROGRAM, os.path.join(directory, "__main__.py"))
+        for arguments in (["--version"], ["--help"], ["--nonsense"], ["--port", "x"],
+                          ["@no such file"], ["-s", "-p", "0", "--pidfile", "/no such/file"]):
+            script, installed = (run("-I", "-S", program, *arguments)
+                                 for program in (PROGRAM, directory))
+            self.assertEqual((installed.returncode, installed.stdout, installed.stderr),
+                             (script.returncode, script.stdout, script.stderr))
+        self.assertTrue(compileall.compile_dir(directory, quiet=1))
+        with open(os.path.join(directory, "__main__.py"), "r+", encoding="utf-8") as file:
+            status = os.fstat(file.fileno())
+            file.write(" " * (status.st_size // 2))         # of the same size and time: not read
+        os.utime(file.name, ns=(status.st_atime_ns, status.st_mtime_ns))
+        self.connect(self.start(program=("-I", "-S", directory))).say("noop")
+
     def test_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             daemon = self.start()
