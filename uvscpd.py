@@ -1572,12 +1572,12 @@ class Bus:
         frames: list[Frame] = []
         if self.sock is None:
             return frames, True
-        recvmsg, unpack, health = self.sock.recvmsg, self.unpack, self.health
+        sock, unpack, health = self.sock, self.unpack, self.health
         usual = not health.ends_with_frame
         empty, gone = False, 0
         for _ in range(limit):
             try:
-                raw, ancillary, flags, _address = recvmsg(FRAME_SIZE, ANCILLARY_SIZE)
+                raw, ancillary, flags, _address = sock.recvmsg(FRAME_SIZE, ANCILLARY_SIZE)
             except BlockingIOError:
                 empty = True
                 break
