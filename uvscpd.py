@@ -871,6 +871,7 @@ class Netlink:
         self.name = name
         self.number = 0                     # of the last question
         self.asked = False                  # it has not been answered
+        self.sending = False                # a thread runs
         self.outdated = False               # its answer may be older than what happened since
         self.sock: socket.socket | None = None      # None: it cannot be used here
         try:
@@ -888,6 +889,11 @@ class Netlink:
 
     def close(self) -> None:
         """The selector must have forgotten the socket."""
+        # If a thread runs while Python shuts down, Python 3.11 may crash.
+        for _ in range(100):
+            if not self.sending:
+                break
+            time.sleep(0.002)
         if self.sock is not None:
             self.sock.close()
             self.sock = None
@@ -897,12 +903,12 @@ class Netlink:
         if self.sock is None or self.asked:
             return
         self.number += 1
-        self.asked, self.outdated = True, False
+        self.asked, self.outdated, self.sending = True, False, True
         try:
             _thread.start_new_thread(self.send, (self.sock, link_question(self.name, self.number)))
         except RuntimeError as error:       # no thread can be had; the next tick asks again
             log.debug(f"{self.name}: {error}")
-            self.asked = False
+            self.asked = self.sending = False
 
     def send(self, sock: socket.socket, question: bytes) -> None:
         """Send a question, in a thread of its own."""
@@ -910,6 +916,7 @@ class Netlink:
             sock.send(question)
         except OSError:
             self.asked = False              # the next tick asks again
+        self.sending = False
 
     def outdate(self) -> None:
         """Something happened: an answer that is under way does not count."""
@@ -2898,7 +2905,8 @@ class Daemon:
         """Look at all that has a time: the bus, the clients, those that wait, systemd."""
         self.tick_at = self.now + min(TICK_S, self.systemd.watchdog_s)
         self.read_all()
-        self.bus.check(self.now)
+        if self.stop_by == NEVER:
+            self.bus.check(self.now)
         self.reader.watch()
         self.queue.watch()
         for client in [*self.clients, *self.leaving]:
