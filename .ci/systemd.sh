@@ -42,9 +42,9 @@ same() {  # WHAT EXPECTED GOT
     diff -U 2 --label expected --label got <(echo "$2") <(echo "$3") || fail "$1"
 }
 
-await() {  # SECONDS WHAT COMMAND...: the command succeeds within that time
-    local end=$((SECONDS + $1)) what=$2
-    shift 2
+await() {  # WHAT COMMAND...: the command succeeds in time
+    local end=$((SECONDS + limit)) what=$1
+    shift
     until "$@"; do
         [ "$SECONDS" -lt "$end" ] || fail "$what"
         sleep 0.1
@@ -186,7 +186,7 @@ both_ways() {
     same "frame on the bus" 0C140307#000123 "${record##* }"
     ask clra
     cansend can1 0C0A0605#8A
-    await "$limit" "no event comes" has_event
+    await "no event comes" has_event
     [[ ${reply[0]} = 96,10,6,0,20*,*,$zeros:5,138 ]] || fail "the event: ${reply[0]}"
     kill "$dumper"
     exec {candump}<&-
@@ -212,7 +212,7 @@ plug_in() {  # PORT...
 unplug() {
     kill "$adapters"
     wait "$adapters" || true
-    await "$limit" "the adapters are still there" no_adapters
+    await "the adapters are still there" no_adapters
 }
 
 no_adapters() { [ -z "$(ls -d /sys/bus/usb/drivers/gs_usb/*:* 2>/dev/null)" ]; }
@@ -231,14 +231,14 @@ named() {  # PORT NAME: udev is to call that adapter so
 }
 
 is_up() {  # NAME: brought up by README's rule
-    await "$limit" "$1 is not up" link_up "$1"
+    await "$1 is not up" link_up "$1"
     [[ $(ip -details link show "$1") = *"bitrate 125000"* ]] || fail "the bit rate of $1 is wrong"
 }
 
 all_are_up() {
     local name port=0 pattern
     for pattern in 'can*' vscpbus0 vscpbus1; do
-        await "$limit" "the adapter at port $port is not called $pattern" find_adapter "$port" "$pattern"
+        await "the adapter at port $port is not called $pattern" find_adapter "$port" "$pattern"
         is_up "$name"
         port=$((port + 1))
     done
@@ -247,7 +247,7 @@ all_are_up() {
 works() {  # PORT NAME: so does the daemon on this interface
     connect "$1"
     [[ $line = *"$2"* ]] || fail "greeting: $line"
-    await "$limit" "SEND does not work" sends
+    await "SEND does not work" sends
     disconnect
 }
 
@@ -262,8 +262,8 @@ if [ "$(<"$job/start")" = 1 ]; then
     user "$install"
     active "$unit" || fail "it is not active"
     systemctl --quiet is-enabled "$unit" || fail "it is not enabled"
-    await "$limit" "STATUS: $(property StatusText)" status_text "can0: *"
-    await "$limit" "it does not say that it waits for can0" \
+    await "STATUS: $(property StatusText)" status_text "can0: *"
+    await "it does not say that it waits for can0" \
         waits "interface can0 is down, try: ip link set can0 up type can bitrate 125000"
 
     step "... has USB adapters, some of which get a name of their own"
@@ -273,7 +273,7 @@ if [ "$(<"$job/start")" = 1 ]; then
     modprobe vhci-hcd
     plug_in 0 1 2
     for name in can2 vscpbus0 vscpbus1; do
-        await "$limit" "there is no $name" [ -e "/sys/class/net/$name" ]
+        await "there is no $name" [ -e "/sys/class/net/$name" ]
         link_down "$name" || fail "$name is up already"
     done
 
@@ -286,7 +286,7 @@ if [ "$(<"$job/start")" = 1 ]; then
         [[ $(ip -details link show "$name") = *"restart-ms 100"* ]] || fail "restart-ms of $name is wrong"
     done
     all_are_up
-    await "$limit" "STATUS: $(property StatusText)" status_text "can0: OK*"
+    await "STATUS: $(property StatusText)" status_text "can0: OK*"
 
     step "... and a second daemon on can1, a third one on vscpbus0"
     user "$second_bus"
@@ -330,8 +330,8 @@ fi
 # The second start: all that is there
 
 step "second start: the daemon runs on can0, which is up"
-await "$limit" "it is not active" active "$unit"
-await "$limit" "STATUS: $(property StatusText)" status_text "can0: OK*"
+await "it is not active" active "$unit"
+await "STATUS: $(property StatusText)" status_text "can0: OK*"
 link_up can0 || fail "can0 is down"
 
 step "the USB adapters are up"
@@ -340,9 +340,9 @@ works 8600 vscpbus0
 
 step "... and when they are plugged in later"
 systemctl stop adapters
-await "$limit" "the adapters are still there" no_adapters
+await "the adapters are still there" no_adapters
 systemctl restart uvscpd-vscpbus0
-await "$limit" "it does not say that it waits" waits "interface vscpbus0: No such device" uvscpd-vscpbus0
+await "it does not say that it waits" waits "interface vscpbus0: No such device" uvscpd-vscpbus0
 plug_in 2 1 0
 all_are_up
 works 8600 vscpbus0
@@ -350,7 +350,7 @@ systemctl stop uvscpd-vscpbus0
 unplug
 
 step "the start did not wait for can0"
-await "$limit" "network-online.target is not reached" active network-online.target
+await "network-online.target is not reached" active network-online.target
 # It gives up after two minutes, with a failure.
 property_is Result success systemd-networkd-wait-online || fail "systemd-networkd-wait-online has failed"
 
@@ -369,15 +369,15 @@ both_ways
 step "can0 goes down: a warning, SEND is refused, the client stays"
 forget
 ip link set can0 down
-await "$limit" "no warning" logged warning can0
+await "no warning" logged warning can0
 ask "send 96,20,3,0,,0,-" "-OK - *"
-await "$limit" "STATUS: $(property StatusText)" status_text "can0: *[Dd]own*"
+await "STATUS: $(property StatusText)" status_text "can0: *[Dd]own*"
 
 step "... and up again: SEND works"
 ip link set can0 up
-await "$limit" "SEND does not work again" sends
-await "$limit" "nothing is logged" logged info can0
-await "$limit" "STATUS: $(property StatusText)" status_text "can0: OK*"
+await "SEND does not work again" sends
+await "nothing is logged" logged info can0
+await "STATUS: $(property StatusText)" status_text "can0: OK*"
 both_ways
 
 step "the driver lets go of can0: a warning, SEND is refused, the client stays"
@@ -385,14 +385,14 @@ forget
 device=$(basename "$(realpath /sys/class/net/can0/device)")
 echo "$device" >/sys/bus/pci/drivers/kvaser_pci/unbind
 [ ! -e /sys/class/net/can0 ] || fail "can0 is still there"
-await "$limit" "no warning" logged warning can0
+await "no warning" logged warning can0
 ask "send 96,20,3,0,,0,-" "-OK - *"
 
 step "... and takes it again: udev brings it up, SEND works"
 echo "$device" >/sys/bus/pci/drivers/kvaser_pci/bind
-await "$limit" "can0 does not come back" [ -e /sys/class/net/can0 ]
-await "$limit" "can0 is not up" link_up can0
-await "$limit" "SEND does not work again" sends
+await "can0 does not come back" [ -e /sys/class/net/can0 ]
+await "can0 is not up" link_up can0
+await "SEND does not work again" sends
 both_ways
 disconnect
 
@@ -401,8 +401,8 @@ device=$(basename "$(realpath /sys/class/net/can1/device)")
 echo "$device" >/sys/bus/pci/drivers/kvaser_pci/unbind
 [ ! -e /sys/class/net/can1 ] || fail "can1 is still there"
 echo "$device" >/sys/bus/pci/drivers/kvaser_pci/bind
-await "$limit" "can1 does not come back" [ -e /sys/class/net/can1 ]
-await "$limit" "can1 is not up" link_up can1
+await "can1 does not come back" [ -e /sys/class/net/can1 ]
+await "can1 is not up" link_up can1
 
 step "the second daemon sees the same bus; for -g ip it has waited for an address"
 property_is NRestarts 0 uvscpd-can1 || fail "it was started $(property NRestarts uvscpd-can1) times again"
@@ -410,17 +410,17 @@ connect 8599
 [[ $line = *can1* ]] || fail "greeting: $line"
 ask ggid
 [[ ${reply[0]} = "$ip_guid":* ]] || fail "GUID: ${reply[0]}"
-await "$limit" "SEND does not work again" sends
+await "SEND does not work again" sends
 ask clra
 cansend can0 0C0A0605#8A
-await "$limit" "no event comes" has_event
+await "no event comes" has_event
 [[ ${reply[0]} = 96,10,6,0,20*,*,$ip_guid:0:0:0:5,138 ]] || fail "the event: ${reply[0]}"
 disconnect
 
 step "killed, it is started again"
 pid=$(property MainPID)
 kill -KILL "$pid"
-await "$limit" "it is not started again" restarted "$pid"
+await "it is not started again" restarted "$pid"
 property_is NRestarts 1 || fail "number of restarts: $(property NRestarts)"
 connect
 disconnect
@@ -437,7 +437,7 @@ property_is NRestarts 0 || fail "it was started again without a reason"
 forget
 pid=$(property MainPID)
 kill -STOP "$pid"
-await "$limit" "it is not started again" restarted "$pid"
+await "it is not started again" restarted "$pid"
 property_is NRestarts 1 || fail "number of restarts: $(property NRestarts)"
 journalctl --quiet --output cat --unit "$unit" --since "$since" | grep -qi 'watchdog timeout' ||
     fail "it was not the watchdog"
@@ -467,7 +467,7 @@ ask "user admin"
 ask "pass wrong" "-OK*"
 ask "user admin"
 ask "pass secret"
-await "$limit" "SEND does not work" sends
+await "SEND does not work" sends
 disconnect
 ! tr '\0' ' ' <"/proc/$(property MainPID)/cmdline" | grep secret || fail "the password is in the process list"
 rm -r /etc/systemd/system/uvscpd.service.d
