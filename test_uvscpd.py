@@ -1407,7 +1407,7 @@ class LinkTest(unittest.TestCase):
         for error_class, controller, outdates in ((0x008, 0, False), (0x004, 0x01, False),
                                                   (0x080, 0, False), (0x004, 0x08, True)):
             bus, coming = self.bus_with_frames(state=0)
-            bus.netlink = mock.Mock()
+            bus.netlink = mock.Mock(refused=False)
             coming.append((self.ERROR | error_class, controller, 0))
             bus.read(9)
             self.assertEqual(bus.netlink.outdate.called, outdates)
@@ -1427,9 +1427,22 @@ class LinkTest(unittest.TestCase):
             bus.ask()
         self.assertIs(bus.sock, sock)
 
+    def test_a_kernel_that_refuses_questions(self) -> None:
+        """A sandbox may allow the socket of rtnetlink, but no message on it."""
+        bus = self.bus()
+        bus.netlink = uvscpd.Netlink("can0")
+        self.addCleanup(bus.netlink.close)
+        refusing = mock.Mock(send=mock.Mock(side_effect=PermissionError(errno.EACCES, "no")))
+        bus.netlink.send(refusing, b"")
+        for there in True, False:
+            with mock.patch.object(uvscpd, "link_by_ioctl", return_value=(there, self.UP)), \
+                    mock.patch.object(bus, "on_link") as on_link:
+                bus.ask()
+            on_link.assert_called_once_with(there, self.UP)
+
     def test_one_question_for_many_SENDs(self) -> None:
         bus = self.bus()
-        bus.netlink = mock.Mock()
+        bus.netlink = mock.Mock(refused=False)
         bus.out = mock.Mock(send=mock.Mock(side_effect=OSError(errno.ENETDOWN, "")))
         for _ in range(5):
             with self.assertRaisesRegex(uvscpd.VscpError, "can0 is down"):
@@ -4491,6 +4504,21 @@ class NoRtnetlinkTest(InterfaceTest):
                 if family == uvscpd.socket.AF_NETLINK:
                     raise PermissionError(1, "not allowed")
                 super().__init__(family, *rest, **more)
+        uvscpd.socket.socket = Socket
+    """
+
+
+class NoQuestionsTest(InterfaceTest):
+    """The same where rtnetlink is allowed, but no question on it, and nothing is heard."""
+
+    CHANGES = InterfaceTest.CHANGES + """
+        class Socket(uvscpd.socket.socket):
+            def bind(self, address):
+                super().bind((0, 0) if self.family == uvscpd.socket.AF_NETLINK else address)
+            def send(self, data):
+                if self.family == uvscpd.socket.AF_NETLINK:
+                    raise PermissionError(13, "not allowed")
+                return super().send(data)
         uvscpd.socket.socket = Socket
     """
 

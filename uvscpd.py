@@ -885,6 +885,7 @@ class Netlink:
         self.number = 0                     # of the last question
         self.asked = False                  # it has not been answered
         self.sending = False                # a thread runs
+        self.refused = False                # the kernel takes no questions (SELinux, a sandbox)
         self.outdated = False               # its answer may be older than what happened since
         self.sock: socket.socket | None = None      # None: it cannot be used here
         try:
@@ -927,7 +928,8 @@ class Netlink:
         """Send a question, in a thread of its own."""
         try:
             sock.send(question)
-        except OSError:
+        except OSError as error:
+            self.refused = isinstance(error, PermissionError)
             self.asked = False              # the next tick asks again
         self.sending = False
 
@@ -1451,7 +1453,7 @@ class Bus:
         """Have the kernel say how the interface is, and wait so long for the answer."""
         if self.netlink is None:
             return
-        if self.netlink.sock is None:
+        if self.netlink.sock is None or self.netlink.refused:
             answer = link_by_ioctl(self.name)
             if answer:
                 self.on_link(*answer)
