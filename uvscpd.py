@@ -4207,14 +4207,29 @@ def log_access(options: argparse.Namespace, everywhere: bool) -> None:
         log.info("every host that reaches this one may use the bus (see --allow, --users, --ip)")
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Listen, detach unless told to stay, serve; returns the exit status."""
-    # If stdin, stdout or stderr is closed, put /dev/null there, or a socket becomes descriptor 2
-    # and gets the log.
+def open_standard_files() -> None:
+    """If stdin, stdout or stderr is closed, put /dev/null there.
+
+    Otherwise a socket would become descriptor 2, and get the log.
+    """
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
+
+
+def stop_by_signal(daemon: Daemon) -> None:
+    """Have a signal wake the daemon's loop, which calls on_signal."""
+    signal.set_wakeup_fd(daemon.wake_up_end.fileno(), warn_on_full_buffer=False)
+    for number in STOP_SIGNALS:
+        # Under nohup SIGHUP is ignored, and stays so.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Listen, detach unless told to stay, serve; returns the exit status."""
+    open_standard_files()
     allow_descriptors(options.max_clients)
     os.umask(0o022)         # of the pid file
     pidfile = os.path.abspath(options.pidfile) if options.pidfile else ""
@@ -4236,12 +4251,7 @@ def serve(options: argparse.Namespace) -> int:
                  "as a container ends with its process 1")
     child_end = None if options.stay or os.getpid() == 1 else detach()
     daemon = Daemon(options, listener)
-    # A signal wakes the loop, which calls on_signal.
-    signal.set_wakeup_fd(daemon.wake_up_end.fileno(), warn_on_full_buffer=False)
-    for number in STOP_SIGNALS:
-        # Under nohup SIGHUP is ignored, and stays so.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda _number, _frame: None)
+    stop_by_signal(daemon)
     try:
         if descriptor is not None:
             write_pidfile(descriptor)
