@@ -1415,15 +1415,17 @@ class Bus:
         # The kernel raises this to its minimum, a few frames. That is less than the transmit queue
         # holds, so poll reports room.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        # Of each pair, the first option that the kernel accepts; without either it works, too.
-        for options in (((SO_RCVBUFFORCE, RECEIVE_BUFFER), (socket.SO_RCVBUF, RECEIVE_BUFFER)),
-                        ((SO_TIMESTAMPNS_NEW, 1), (SO_TIMESTAMPNS_OLD, 1))):
-            for option, value in options:
+        # Of each pair, the first option that the kernel accepts (only root may force the buffer's
+        # size); without either it works, too.
+        for value, *options in ((RECEIVE_BUFFER, SO_RCVBUFFORCE, socket.SO_RCVBUF),
+                                (1, SO_TIMESTAMPNS_NEW, SO_TIMESTAMPNS_OLD)):
+            for option in options:
                 try:
                     sock.setsockopt(socket.SOL_SOCKET, option, value)
                     break
                 except OSError as error:
-                    log.debug(f"socket option {option} of {self.name}: {error.strerror}")
+                    if option == options[-1]:
+                        log.debug(f"socket option {option} of {self.name}: {error.strerror}")
         # A 32-bit C library on Linux before 5.1 accepts the new form and sets the old one.
         in_old_form = sock.getsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS_OLD)
         self.unpack = stamped_frame_unpackers(
