@@ -93,6 +93,15 @@ upgrade='sudo install -D -m 644 uvscpd.py /usr/local/lib/uvscpd/__main__.py
 sudo python3 -I -S /usr/local/lib/uvscpd --version
 sudo systemctl restart uvscpd'
 
+options='[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -I -S /usr/local/lib/uvscpd --stay --canbus can0 --port 9598'
+
+uninstall='sudo systemctl disable --now uvscpd
+sudo rm -rf /usr/local/lib/uvscpd /etc/systemd/system/uvscpd.service* /etc/uvscpd.*
+sudo rm -f /etc/udev/rules.d/90-can.rules /etc/sysctl.d/90-can.conf
+sudo systemctl daemon-reload'
+
 user() {  # COMMANDS: run by somebody who may sudo, at home
     runuser -l somebody -c "set -e; $1" >/tmp/output 2>&1 || { cat /tmp/output; fail "$1"; }
 }
@@ -458,7 +467,15 @@ property_is ExecMainStatus 0 || fail "status: $(property ExecMainStatus)"
 exec {client}>&-
 same "warnings" "" "$(messages warning)"
 
-step "a password by LoadCredential: a client has to log in"
+step "another option, as systemctl edit would write it"
+mkdir -p "/etc/systemd/system/$unit.service.d"
+echo "$options" >"/etc/systemd/system/$unit.service.d/override.conf"
+systemctl daemon-reload
+systemctl restart "$unit"
+connect 9598
+disconnect
+
+step "a password by LoadCredential, instead of that: a client has to log in"
 user "$password"
 same "mode of the file" "600 root" "$(stat -c '%a %U' /etc/uvscpd.conf)"
 connect
@@ -494,7 +511,7 @@ own_guid ip "$ip_guid"
 
 step "README shows the texts used here"
 readme=$(<"$job/README.md")
-for name in install can_rule second_bus password online upgrade; do
+for name in install can_rule second_bus password online upgrade options uninstall; do
     text=${!name}
     # shellcheck disable=SC2001     # its lines that are not empty, indented
     indented=$(sed 's/./    &/' <<<"$text")
@@ -502,3 +519,9 @@ for name in install can_rule second_bus password online upgrade; do
     [[ $readme = *$'\n```\n'"$text"$'\n```\n'* || $readme = *$'\n\n'"$indented"$'\n\n'* || $readme = *"\`$text\`"* ]] ||
         { echo "$text"; fail "not this"; }
 done
+
+step "uninstalled, nothing of it is left"
+user "$uninstall"
+property_is LoadState not-found || fail "the unit is $(property LoadState)"
+left=$(find /etc /usr/local -name '*uvscpd*' ! -name 'uvscpd-*' -o -name '90-can*')
+same "what is left" "" "$left"
