@@ -1265,7 +1265,8 @@ class LinkTest(unittest.TestCase):
         netlink.ask()
         self.assertTrue(netlink.asked)
         answers: list[tuple[bool, uvscpd.Link]] = []
-        until(lambda: answers.extend(netlink.read()) or answers)        # type: ignore[func-returns-value]
+        until(lambda: answers.extend(netlink.read())        # type: ignore[func-returns-value]
+              or answers)
         self.assertFalse(netlink.asked)
         return answers[0]
 
@@ -1407,7 +1408,7 @@ class LinkTest(unittest.TestCase):
         for error_class, controller, outdates in ((0x008, 0, False), (0x004, 0x01, False),
                                                   (0x080, 0, False), (0x004, 0x08, True)):
             bus, coming = self.bus_with_frames(state=0)
-            bus.netlink = mock.Mock(refused=False)
+            bus.netlink = mock.Mock(refusal=None)
             coming.append((self.ERROR | error_class, controller, 0))
             bus.read(9)
             self.assertEqual(bus.netlink.outdate.called, outdates)
@@ -1428,21 +1429,27 @@ class LinkTest(unittest.TestCase):
         self.assertIs(bus.sock, sock)
 
     def test_a_kernel_that_refuses_questions(self) -> None:
-        """A sandbox may allow the socket of rtnetlink, but no message on it."""
+        """A sandbox may allow the socket of rtnetlink, but no question on it."""
         bus = self.bus()
         bus.netlink = uvscpd.Netlink("can0")
         self.addCleanup(bus.netlink.close)
-        refusing = mock.Mock(send=mock.Mock(side_effect=PermissionError(errno.EACCES, "no")))
-        bus.netlink.send(refusing, b"")
+        refusing = mock.Mock(send=mock.Mock(side_effect=[
+            OSError(errno.ENOBUFS, "no"), PermissionError(errno.EACCES, "no")]))
+        for gives_up in False, True:
+            bus.netlink.asked = True
+            bus.netlink.send(refusing, b"")
+            self.assertFalse(bus.netlink.asked)
+            self.assertEqual(bool(bus.netlink.refusal), gives_up)
         for there in True, False:
             with mock.patch.object(uvscpd, "link_by_ioctl", return_value=(there, self.UP)), \
                     mock.patch.object(bus, "on_link") as on_link:
                 bus.ask()
             on_link.assert_called_once_with(there, self.UP)
+        self.assertIsNone(bus.netlink.sock)     # what it might still say would be only a part
 
     def test_one_question_for_many_SENDs(self) -> None:
         bus = self.bus()
-        bus.netlink = mock.Mock(refused=False)
+        bus.netlink = mock.Mock(refusal=None)
         bus.out = mock.Mock(send=mock.Mock(side_effect=OSError(errno.ENETDOWN, "")))
         for _ in range(5):
             with self.assertRaisesRegex(uvscpd.VscpError, "can0 is down"):
@@ -4509,12 +4516,10 @@ class NoRtnetlinkTest(InterfaceTest):
 
 
 class NoQuestionsTest(InterfaceTest):
-    """The same where rtnetlink is allowed, but no question on it, and nothing is heard."""
+    """The same where rtnetlink is allowed, but no question on it."""
 
     CHANGES = InterfaceTest.CHANGES + """
         class Socket(uvscpd.socket.socket):
-            def bind(self, address):
-                super().bind((0, 0) if self.family == uvscpd.socket.AF_NETLINK else address)
             def send(self, data):
                 if self.family == uvscpd.socket.AF_NETLINK:
                     raise PermissionError(13, "not allowed")

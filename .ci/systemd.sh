@@ -13,7 +13,8 @@ set -euo pipefail
 until [ -c /dev/virtio-ports/output ]; do sleep 0.1; done
 exec >/dev/virtio-ports/output 2>&1 </dev/null
 
-limit=60                                    # seconds; what takes longer has failed
+limit=60                                    # seconds; what takes longer has failed. How soon the daemon
+                                            # notices something is the tests' matter
 unit=uvscpd
 ip_guid=FF:FF:FF:FF:FF:FF:FF:FD:A:0:2:F     # of the machine, with -g ip
 zeros=0:0:0:0:0:0:0:0:0:0:0:0:0:0:0         # a GUID but for its last byte
@@ -98,7 +99,7 @@ ExecStart=
 ExecStart=/usr/bin/python3 -I -S /usr/local/lib/uvscpd --stay --canbus can0 --port 9598'
 
 uninstall='sudo systemctl disable --now uvscpd
-sudo rm -rf /usr/local/lib/uvscpd /etc/systemd/system/uvscpd.service* /etc/uvscpd.*
+sudo rm -rf /usr/local/lib/uvscpd /etc/systemd/system/uvscpd* /etc/uvscpd.*
 sudo rm -f /etc/udev/rules.d/90-can.rules /etc/sysctl.d/90-can.conf
 sudo systemctl daemon-reload'
 
@@ -521,7 +522,12 @@ for name in install can_rule second_bus password online upgrade options uninstal
 done
 
 step "uninstalled, nothing of it is left"
+for file in /etc/sysctl.d/90-can.conf "/etc/systemd/system/$unit.service.d/own.conf"; do
+    mkdir -p "$(dirname "$file")"
+    touch "$file"
+done
+user "sudo systemctl disable --now uvscpd-can1 uvscpd-vscpbus0"
 user "$uninstall"
 property_is LoadState not-found || fail "the unit is $(property LoadState)"
-left=$(find /etc /usr/local -name '*uvscpd*' ! -name 'uvscpd-*' -o -name '90-can*')
-same "what is left" "" "$left"
+property_is ActiveState inactive || fail "the daemon is $(property ActiveState)"
+same "what is left" "" "$(find /etc /usr/local -name '*uvscpd*' -o -name '90-can*')"
