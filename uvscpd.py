@@ -32,7 +32,7 @@ for section 9, and the loop that joins them section 10. Section 11 is what runs 
 the loop, 12 what -d says about events, 13 and 14 are the command line, the start and
 the end. A class writes only its own attributes; the commands of section 9 are the one
 exception. Times in comments were measured on a processor of 250 MIPS, about that of a
-small Raspberry Pi.
+small router.
 """
 
 # Only modules that OpenWrt's python3-light has. What is rarely needed and slow to
