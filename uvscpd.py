@@ -1469,8 +1469,6 @@ class Bus:
         while self.netlink.asked and time.monotonic() < until:
             if select.select([self.netlink.sock], [], [], 0.01)[0]:
                 self.read_links()
-        if wait_s and self.netlink.refusal:
-            self.ask()
 
     def read_links(self) -> None:
         """Take in what the kernel has said of interfaces."""
@@ -2206,8 +2204,7 @@ class Client:
         if log.debugging:
             for line in text.splitlines():
                 log.debug(f"{self.name} < {line}")
-        if not self.peer_closed_reading:        # write(), written out: a call less per command
-            self.output += text.encode()
+        self.write(text)
 
     def write(self, text: str) -> None:
         """Have text sent by the next flush."""
