@@ -116,6 +116,7 @@ status_text() {  # PATTERN
     # shellcheck disable=SC2053     # a pattern
     [[ $(property StatusText) = $1 ]]
 }
+await_status() { await "STATUS is not $1" status_text "$1"; }      # PATTERN
 active() { systemctl --quiet is-active "$1"; }
 
 messages() {  # PRIORITY: what the daemon has logged with just this priority since the last call of forget
@@ -272,7 +273,7 @@ if [ "$(<"$job/start")" = 1 ]; then
     user "$install"
     active "$unit" || fail "it is not active"
     systemctl --quiet is-enabled "$unit" || fail "it is not enabled"
-    await "STATUS: $(property StatusText)" status_text "can0: *"
+    await_status "can0: *"
     await "it does not say that it waits for can0" \
         waits "interface can0 is down, try: ip link set can0 up type can bitrate 125000"
 
@@ -296,7 +297,7 @@ if [ "$(<"$job/start")" = 1 ]; then
         [[ $(ip -details link show "$name") = *"restart-ms 100"* ]] || fail "restart-ms of $name is wrong"
     done
     all_are_up
-    await "STATUS: $(property StatusText)" status_text "can0: OK*"
+    await_status "can0: OK*"
 
     step "... and a second daemon on can1, a third one on vscpbus0"
     user "$second_bus"
@@ -341,7 +342,7 @@ fi
 
 step "second start: the daemon runs on can0, which is up"
 await "it is not active" active "$unit"
-await "STATUS: $(property StatusText)" status_text "can0: OK*"
+await_status "can0: OK*"
 link_up can0 || fail "can0 is down"
 
 step "the USB adapters are up"
@@ -381,13 +382,13 @@ forget
 ip link set can0 down
 await "no warning" logged warning can0
 ask "send 96,20,3,0,,0,-" "-OK - *"
-await "STATUS: $(property StatusText)" status_text "can0: *[Dd]own*"
+await_status "can0: *[Dd]own*"
 
 step "... and up again: SEND works"
 ip link set can0 up
 await "SEND does not work again" sends
 await "nothing is logged" logged info can0
-await "STATUS: $(property StatusText)" status_text "can0: OK*"
+await_status "can0: OK*"
 both_ways
 
 step "the driver lets go of can0: a warning, SEND is refused, the client stays"
